@@ -1,0 +1,15 @@
+"""Block-sparse attention for JAX. Arrays are [batch, sequence, heads, head_dim]; sizes are counted in tokens."""
+
+from sparse_attn import reference
+from sparse_attn.attention import block_sparse_attention, moba_attention, route_moba
+from sparse_attn.merge import merge_partials
+from sparse_attn.selection import BlockSelection
+
+__all__ = [
+    "BlockSelection",
+    "block_sparse_attention",
+    "merge_partials",
+    "moba_attention",
+    "reference",
+    "route_moba",
+]

@@ -1,0 +1,273 @@
+"""The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn import reference, routing, xla
+from sparse_attn.layout import Layout, make_layout
+from sparse_attn.selection import BlockSelection
+
+Implementation = Literal["reference", "xla", "pallas"]
+
+
+def moba_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_size: int,
+    top_k: int,
+    is_causal: bool = True,
+    scale: float | None = None,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Mixture of Block Attention: each query attends the `top_k` key blocks whose mean key it matches best.
+
+    For query q, with K_j the keys of block j: score_j = q . mean(K_j); the blocks of the `top_k` largest scores are
+    chosen, among them always q's own block if causal; the output is softmax(scale q K^T) V over the keys of the chosen
+    blocks, up to q's own position if causal. `sparse_attn.reference` states every rule (S1 to S10).
+    Sources: MoBA (arXiv 2502.13189), section 2; FlashMoBA (arXiv 2511.11571), section 2.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`, floating point.
+      key: `[batch, keys, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
+      value: shaped like key, of query's dtype.
+      block_size: keys in a block, at least 1. The last block of a segment may be shorter.
+      top_k: blocks that a query attends, at least 1, the own block included. More than there are means all.
+      is_causal: whether a query sees only keys up to its own position. Positions align at the end of each segment.
+      scale: factor of the logits. None: 1 / sqrt(head_dim).
+      query_seq_lengths: int `[batch]`, real queries of each row; later ones are padding and give zeros.
+      key_value_seq_lengths: int `[batch]`, real keys of each row.
+      query_segment_ids: int `[batch, queries]`, for packed sequences: tokens of equal id form one segment, blocks
+        restart at each, and none sees another. Given together with key_value_segment_ids.
+      key_value_segment_ids: int `[batch, keys]`.
+      implementation: "reference" (dense masks, for reading and testing), "xla" (sparse), "pallas" (kernels), or None
+        for the best that can do the call.
+
+    Returns:
+      Array of query's shape and dtype; zeros for a query with nothing to attend to.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      NotImplementedError: the named implementation cannot do the call.
+    """
+    sequence = {
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "query_segment_ids": query_segment_ids,
+        "key_value_segment_ids": key_value_segment_ids,
+    }
+    selection = route_moba(
+        query,
+        key,
+        block_size=block_size,
+        top_k=top_k,
+        is_causal=is_causal,
+        implementation=implementation,
+        **sequence,
+    )
+    return block_sparse_attention(
+        query, key, value, selection, is_causal=is_causal, scale=scale, implementation=implementation, **sequence
+    )
+
+
+def route_moba(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    block_size: int,
+    top_k: int,
+    is_causal: bool = True,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> BlockSelection:
+    """The blocks that each query chooses in `moba_attention`, for a look at the routing or for reuse.
+
+    score_j = q . mean(K_j) in float32, unscaled; exact, ties to the lower block index; no gradient flows through.
+    Blocks are numbered along the row; with segments, segment by segment in the order of their ids.
+
+    Args: those of `moba_attention`.
+
+    Returns:
+      BlockSelection with indices int32 `[batch, heads, queries, top_k]`: the own block first (causal), then the others
+      by falling score, -1 where a query has fewer blocks.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      NotImplementedError: the named implementation cannot do the call.
+    """
+    _check_positive("block_size", block_size)
+    _check_positive("top_k", top_k)
+    _check_arrays(query, {"key": key})
+    route, _ = _resolve(implementation)
+    query, key = jax.lax.stop_gradient((query, key))
+    query, (key,), layout = _prepare(
+        query,
+        (key,),
+        block_size,
+        is_causal,
+        query_seq_lengths,
+        key_value_seq_lengths,
+        query_segment_ids,
+        key_value_segment_ids,
+    )
+    num_chosen = min(top_k, layout.num_blocks)
+    indices = route(query, key, layout, top_k=num_chosen, is_causal=is_causal)
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, top_k - num_chosen)), constant_values=-1)
+    return BlockSelection(indices, block_size=block_size, num_blocks=layout.num_blocks)
+
+
+def block_sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    selection: BlockSelection,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
+    query_segment_ids: jax.Array | None = None,
+    key_value_segment_ids: jax.Array | None = None,
+    return_residual: bool = False,
+    implementation: Implementation | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention over the keys of the given blocks: softmax(scale q K^T) V, each query over its own choice.
+
+    Keys that a query may not see (a later position if causal, another segment, padding) count for nothing even in a
+    chosen block. Gradients flow to query, key and value.
+
+    Args:
+      query, key, value, is_causal, scale, the sequence arguments, implementation: as in `moba_attention`.
+      selection: the blocks of each query, numbered as `route_moba` does.
+      return_residual: whether to return the log-sum-exp too, which `merge_partials` needs.
+
+    Returns:
+      Array of query's shape and dtype. With return_residual, also the natural log-sum-exp of each query's logits,
+      float32 `[batch, queries, heads]`, -inf for a query with nothing to attend to.
+
+    Raises:
+      ValueError: an argument has a wrong shape, dtype or value.
+      NotImplementedError: the named implementation cannot do the call.
+    """
+    _check_arrays(query, {"key": key, "value": value})
+    if value.shape != key.shape:
+        raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
+    batch, num_queries, num_heads, head_dim = query.shape
+    if selection.indices.ndim != 4 or selection.indices.shape[:3] != (batch, num_heads, num_queries):
+        raise ValueError(
+            f"selection.indices must be [batch, heads, queries, top_k] = [{batch}, {num_heads}, {num_queries}, top_k], "
+            f"got {selection.indices.shape}"
+        )
+    _, attend = _resolve(implementation)
+    query, (key, value), layout = _prepare(
+        query,
+        (key, value),
+        selection.block_size,
+        is_causal,
+        query_seq_lengths,
+        key_value_seq_lengths,
+        query_segment_ids,
+        key_value_segment_ids,
+    )
+    scale = head_dim**-0.5 if scale is None else scale
+    output, log_sum_exp = attend(query, key, value, selection.indices, layout, scale=scale)
+    return (output, log_sum_exp) if return_residual else output
+
+
+def _resolve(implementation: Implementation | None) -> tuple[Callable[..., jax.Array], Callable[..., tuple]]:
+    """The functions that route and attend."""
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
+    if implementation == "pallas":
+        raise NotImplementedError(f"implementation='pallas' has no kernels for {jax.default_backend()} yet; use 'xla'")
+    if implementation == "reference":
+        return reference.route, reference.attend
+    return routing.route, xla.attend
+
+
+def _prepare(
+    query: jax.Array,
+    key_values: tuple[jax.Array, ...],
+    block_size: int,
+    is_causal: bool,
+    query_seq_lengths: jax.Array | None,
+    key_value_seq_lengths: jax.Array | None,
+    query_segment_ids: jax.Array | None,
+    key_value_segment_ids: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...], Layout]:
+    """Checks the sequence arguments, empties the padding (S7), lays out the batch and puts the keys in block order."""
+    batch, num_queries = query.shape[:2]
+    num_keys = key_values[0].shape[1]
+    _check_integers("query_seq_lengths", query_seq_lengths, (batch,))
+    _check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
+    _check_integers("query_segment_ids", query_segment_ids, (batch, num_queries))
+    _check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys))
+    if (query_segment_ids is None) != (key_value_segment_ids is None):
+        missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
+        raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
+    layout = make_layout(
+        num_queries,
+        num_keys,
+        batch_size=batch,
+        block_size=block_size,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+    )
+    query = _zero_padding(query, query_seq_lengths)
+    key_values = tuple(layout.order_keys(_zero_padding(array, key_value_seq_lengths)) for array in key_values)
+    return query, key_values, layout
+
+
+def _zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
+    """Zeros behind the real tokens of `[batch, sequence, heads, head_dim]`, so that NaN there cannot spread."""
+    if seq_lengths is None:
+        return array
+    is_real = jnp.arange(array.shape[1]) < seq_lengths[:, None]  # [batch, sequence]
+    return jnp.where(is_real[..., None, None], array, 0)
+
+
+def _check_positive(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {name}={number!r}")
+
+
+def _check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
+    if array is None:
+        return
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must be an integer array of shape {shape}, got {array.dtype}{list(array.shape)}")
+
+
+def _check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
+    """Ranks, dtypes and shapes that must agree between query and keys (or values)."""
+    if query.ndim != 4:
+        raise ValueError(f"query must be [batch, queries, heads, head_dim], got query.shape={query.shape}")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be floating point, got query.dtype={query.dtype}")
+    if 0 in query.shape:
+        raise ValueError(f"query must not be empty, got query.shape={query.shape}")
+    batch, _, num_heads, head_dim = query.shape
+    for name, array in key_values.items():
+        if array.ndim != 4:
+            raise ValueError(f"{name} must be [batch, keys, kv_heads, head_dim], got {name}.shape={array.shape}")
+        if array.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {name}.dtype={array.dtype}")
+        if 0 in array.shape or array.shape[0] != batch or array.shape[3] != head_dim or num_heads % array.shape[2]:
+            raise ValueError(
+                f"{name} must be [{batch}, keys, kv_heads, {head_dim}] with keys at least 1 and kv_heads a divisor of "
+                f"query's {num_heads} heads, got {name}.shape={array.shape}"
+            )

@@ -1,0 +1,93 @@
+"""The router without its table: means of blocks, scores and the best blocks, a piece at a time.
+
+The scores of all queries against all blocks grow with the square of the sequence, so a chunk of queries goes through
+the blocks a stretch at a time and keeps its best so far. Only stretches that some query of the chunk may see are
+visited, which halves the causal work and keeps packed batches cheap, whose tables of blocks are mostly empty.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn.layout import Layout
+
+_ROWS_PER_CHUNK = 2048
+_BLOCKS_PER_STEP = 512
+
+
+def block_means(key: jax.Array, layout: Layout) -> jax.Array:
+    """Mean key of every block, added up in float32: sum of its keys / their number.
+
+    Args:
+      key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
+      layout: geometry of the batch.
+
+    Returns:
+      float32 (float64 for float64) `[batch, blocks, kv_heads, head_dim]`; zero for a block that does not exist.
+    """
+    key = key.astype(jnp.promote_types(key.dtype, jnp.float32))
+    batch, num_keys, kv_heads, head_dim = key.shape
+    if layout.key_order is None:
+        padding = layout.num_blocks * layout.block_size - num_keys
+        blocks = jnp.pad(key, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        total = blocks.reshape(batch, layout.num_blocks, layout.block_size, kv_heads, head_dim).sum(2)
+    else:
+        add_up = functools.partial(jax.ops.segment_sum, num_segments=layout.num_blocks, indices_are_sorted=True)
+        total = jax.vmap(add_up)(key, layout.block_of_key())
+    return total / jnp.maximum(layout.block_length, 1)[..., None, None]
+
+
+def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_causal: bool) -> jax.Array:
+    """Same as `reference.route`."""
+    batch, num_queries, num_heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    means = block_means(key, layout)
+    step_blocks = min(_BLOCKS_PER_STEP, layout.num_blocks)
+    means = jnp.pad(means, ((0, 0), (0, -layout.num_blocks % step_blocks), (0, 0), (0, 0)))
+    means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
+
+    # Rows are (query, head of the group), query-major, for one key/value head of one batch row.
+    rows = num_queries * num_heads // kv_heads
+    chunk_rows = min(_ROWS_PER_CHUNK, rows)
+    num_chunks = -(-rows // chunk_rows)
+
+    def split(array: jax.Array, fill: int) -> jax.Array:  # [batch, queries, heads, x]
+        array = array.reshape(batch, num_queries, kv_heads, num_heads // kv_heads, -1).swapaxes(1, 2)
+        array = array.reshape(batch * kv_heads, rows, -1)
+        array = jnp.pad(array, ((0, 0), (0, num_chunks * chunk_rows - rows), (0, 0)), constant_values=fill)
+        return array.reshape(batch * kv_heads, num_chunks, chunk_rows, -1)
+
+    reach = jnp.stack([layout.first_block, layout.last_block], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
+    reach = jnp.broadcast_to(reach, (batch, num_queries, num_heads, 2))
+
+    def route_chunk(means: jax.Array, query: jax.Array, reach: jax.Array) -> jax.Array:
+        first, last = reach[:, :1], reach[:, 1:]  # [chunk_rows, 1]
+
+        def extend(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            mean = jax.lax.dynamic_slice_in_dim(means, step * step_blocks, step_blocks)  # [blocks of the step, head_dim]
+            block = step * step_blocks + jnp.arange(step_blocks, dtype=jnp.int32)
+            score = jnp.matmul(query.astype(mean.dtype), mean.T, precision="highest")
+            if is_causal:
+                score = jnp.where(block == last, jnp.inf, score)
+            score = jnp.where((first <= block) & (block <= last), score, -jnp.inf)
+            score = jnp.concatenate([best[0], score], axis=1)
+            block = jnp.concatenate([best[1], jnp.broadcast_to(block, (chunk_rows, step_blocks))], axis=1)
+            score, place = jax.lax.top_k(score, top_k)  # stable, and earlier blocks stand first: S3
+            return score, jnp.take_along_axis(block, place, axis=1)
+
+        is_reached = first <= last
+        begin = jnp.where(is_reached, first, layout.num_blocks).min() // step_blocks
+        end = jnp.where(is_reached, last, -1).max() // step_blocks + 1
+        empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
+        score, block = jax.lax.fori_loop(begin, end, extend, empty)
+        return jnp.where(score == -jnp.inf, -1, block)
+
+    def route_head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        means, query, reach = inputs
+        return jax.lax.map(lambda rows: route_chunk(means, *rows), (query, reach))
+
+    indices = jax.lax.map(route_head, (means, split(query, 0), split(reach, -1)))
+    indices = indices.reshape(batch, kv_heads, -1, top_k)[:, :, :rows]
+    indices = indices.reshape(batch, kv_heads, num_queries, -1, top_k).swapaxes(2, 3)
+    return indices.reshape(batch, num_heads, num_queries, top_k)

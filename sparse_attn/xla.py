@@ -1,0 +1,315 @@
+"""The sparse path in plain XLA: cost and memory follow the chosen blocks, not the square of the sequence.
+
+Pairs (query, chosen block) are sorted by block and cut into tiles (`pallas_kernels.schedule`); a loop takes a few tiles
+at a time: gathers their queries, slices their blocks, does one small dense attention each and puts the result at its
+pair. Each query then merges its pairs. The loop ends with the last tile in use, so that the room the tables keep for the
+worst case costs no time. Queries are worked through in chunks: the results of one chunk's pairs,
+`[chunk * top_k, head_dim]`, are the largest array alive beside inputs and outputs.
+
+The backward pass recomputes the probabilities from the log-sum-exp. dK and dV add up tile after tile; dQ is found for
+each pair and summed over a query's pairs. Nothing is added in an order that could change from run to run on a CPU.
+
+Names of einsum axes: t pairs of a tile, m keys of a block, d head_dim, i tiles of a step.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.schedule import Schedule, make_schedule
+from sparse_attn.layout import Layout
+from sparse_attn.merge import merge_partials
+
+# Found by measurement on two CPU cores (float32, head_dim 64): larger tiles waste slots, smaller ones starve the product.
+_TILE_SIZES = (64, 32, 16, 8)  # pairs
+_PAIRS_PER_STEP = 2048  # bounds the gathered queries of a step
+_LOGITS_PER_STEP = 65536  # bounds the logits of a step, so that they stay in the second-level cache
+_QUERIES_PER_CHUNK = 4096
+
+
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes of one call. A row of a chunk is one query of one head: (query, head of the group), query-major."""
+
+    block_size: int
+    chunk_rows: int
+    num_chunks: int
+    tile_size: int
+    tiles_per_step: int
+    scale: float
+
+
+class _Head(NamedTuple):
+    """What one key/value head of one batch row attends with; indices of a chunk's rows are counted from its start."""
+
+    query: jax.Array  # [chunks, chunk_rows, head_dim]
+    indices: jax.Array  # [chunks, chunk_rows, top_k]
+    key_stop: jax.Array  # [chunks, chunk_rows]
+    key: jax.Array  # [keys + block_size, head_dim], in block order, zeros behind the end
+    value: jax.Array  # [keys + block_size, head_dim]
+    block_start: jax.Array  # [blocks]
+    block_length: jax.Array  # [blocks]
+
+
+class _Tiles(NamedTuple):
+    """The tiles of one step, loaded."""
+
+    pair: jax.Array  # [i, t]
+    row: jax.Array  # [i, t], chunk_rows where the tile is not full
+    start: jax.Array  # [i, 1], place of the block's first key
+    query: jax.Array  # [i, t, d]
+    key: jax.Array  # [i, m, d]
+    value: jax.Array  # [i, m, d]
+    logits: jax.Array  # [i, t, m], -inf where masked
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Same as `reference.attend`."""
+    plan = _make_plan(query, key, indices, layout, scale)
+    return _attend(query, key, value, indices, layout, plan)
+
+
+def _make_plan(query: jax.Array, key: jax.Array, indices: jax.Array, layout: Layout, scale: float) -> _Plan:
+    num_queries, top_k = indices.shape[2:]
+    group = query.shape[2] // key.shape[2]
+    full_blocks = -(-layout.num_keys // layout.block_size)
+    # At least two of the largest tiles a block and chunk on average, so that half-empty tiles stay few.
+    num_chunks = -(-num_queries // max(_QUERIES_PER_CHUNK, 2 * _TILE_SIZES[0] * full_blocks // (group * top_k)))
+    chunk_rows = -(-num_queries // num_chunks) * group
+    pairs_per_block = chunk_rows * top_k // full_blocks
+    tile_size = next((size for size in _TILE_SIZES if 2 * size <= pairs_per_block), _TILE_SIZES[-1])
+    tiles_per_step = min(_LOGITS_PER_STEP // (tile_size * layout.block_size), _PAIRS_PER_STEP // tile_size)
+    return _Plan(layout.block_size, chunk_rows, num_chunks, tile_size, max(tiles_per_step, 1), scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
+) -> tuple[jax.Array, jax.Array]:
+    heads = _split_heads(query, key, value, indices, layout, plan)
+    output, log_sum_exp = jax.lax.map(functools.partial(_attend_head, plan=plan), heads)
+    kv_heads = key.shape[2]
+    output = _join_rows(output, query.shape[1], kv_heads)  # [batch, queries, heads, head_dim]
+    return output, _join_rows(log_sum_exp[..., None], query.shape[1], kv_heads)[..., 0]
+
+
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    output, log_sum_exp = _attend(query, key, value, indices, layout, plan)
+    return (output, log_sum_exp), (query, key, value, indices, layout, output, log_sum_exp)
+
+
+def _attend_backward(plan: _Plan, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
+    """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO.
+
+    delta = sum(dO O) - dL, where dL is the gradient of the log-sum-exp. FlashAttention-2 (arXiv 2307.08691), section 2.
+    """
+    query, key, value, indices, layout, output, log_sum_exp = residuals
+    d_output, d_log_sum_exp = gradients
+    accumulator = log_sum_exp.dtype
+    delta = (d_output.astype(accumulator) * output.astype(accumulator)).sum(-1) - d_log_sum_exp
+    kv_heads = key.shape[2]
+    heads = _split_heads(query, key, value, indices, layout, plan)
+    rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
+    d_query, d_key, d_value = jax.lax.map(
+        lambda head: _attend_head_backward(*head, plan=plan), (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
+    )
+
+    def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
+        batch, num_keys, _, head_dim = key.shape
+        gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, head_dim)
+        return gradient.swapaxes(1, 2).astype(key.dtype)
+
+    return _join_rows(d_query, query.shape[1], kv_heads), join_keys(d_key), join_keys(d_value), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _split_rows(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
+    """`[batch, queries, heads, x]` to `[batch * kv_heads, chunks, chunk_rows, x]`, zeros behind the last query."""
+    batch, num_queries, num_heads, size = array.shape
+    array = array.reshape(batch, num_queries, kv_heads, -1, size).swapaxes(1, 2)
+    array = array.reshape(batch * kv_heads, -1, size)
+    array = jnp.pad(array, ((0, 0), (0, plan.num_chunks * plan.chunk_rows - array.shape[1]), (0, 0)))
+    return array.reshape(batch * kv_heads, plan.num_chunks, plan.chunk_rows, size)
+
+
+def _join_rows(array: jax.Array, num_queries: int, kv_heads: int) -> jax.Array:
+    """Undoes `_split_rows`."""
+    num_rows, size = array.shape[0], array.shape[-1]
+    array = array.reshape(num_rows // kv_heads, kv_heads, -1, size)
+    group = array.shape[2] // num_queries
+    array = array[:, :, : num_queries * group].reshape(-1, kv_heads, num_queries, group, size)
+    return array.swapaxes(1, 2).reshape(-1, num_queries, kv_heads * group, size)
+
+
+def _split_heads(
+    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
+) -> _Head:
+    """One entry for each key/value head of each batch row, along a new leading axis [batch * kv_heads]."""
+    batch, num_keys, kv_heads, head_dim = key.shape
+    num_heads = query.shape[2]
+
+    def split_keys(array: jax.Array) -> jax.Array:
+        array = array.swapaxes(1, 2).reshape(batch * kv_heads, num_keys, head_dim)
+        return jnp.pad(array, ((0, 0), (0, plan.block_size), (0, 0)))
+
+    # A block outside the query's reach holds nothing for it. Ids are shifted by one so that padding means "none".
+    block = indices.transpose(0, 2, 1, 3)  # [batch, queries, heads, top_k]
+    in_reach = (layout.first_block[..., None, None] <= block) & (block <= layout.last_block[..., None, None])
+    block = _split_rows(jnp.where(in_reach, block + 1, 0), kv_heads, plan) - 1
+    key_stop = jnp.broadcast_to(layout.key_stop[..., None, None], (*query.shape[:2], num_heads, 1))
+    return _Head(
+        query=_split_rows(query, kv_heads, plan),
+        indices=block,
+        key_stop=_split_rows(key_stop, kv_heads, plan)[..., 0],
+        key=split_keys(key),
+        value=split_keys(value),
+        block_start=jnp.repeat(layout.block_start, kv_heads, axis=0),
+        block_length=jnp.repeat(layout.block_length, kv_heads, axis=0),
+    )
+
+
+def _load_tiles(step: jax.Array, schedule: Schedule, chunk: _Head, plan: _Plan) -> _Tiles:
+    """Gathers the queries and blocks of one step's tiles; `chunk` is a head with the rows of one chunk."""
+    first = step * plan.tiles_per_step
+    pair = jax.lax.dynamic_slice_in_dim(schedule.pair, first, plan.tiles_per_step)  # [i, t]
+    block = jax.lax.dynamic_slice_in_dim(schedule.block, first, plan.tiles_per_step)  # [i]
+    row = pair // chunk.indices.shape[-1]
+    start, length = chunk.block_start[block][:, None], chunk.block_length[block][:, None]  # [i, 1]
+    offset = jnp.arange(plan.block_size)
+    in_block = offset < length  # [i, m]
+    # The keys behind a short block belong to another segment; whatever they hold must not meet a zero probability.
+    key, value = (jnp.where(in_block[..., None], _take_windows(x, start, plan), 0) for x in (chunk.key, chunk.value))
+    query = _take_rows(chunk.query, row)  # [i, t, d]
+    logits = plan.scale * _product("itd,imd->itm", query, key)
+    key_stop = _take_rows(chunk.key_stop, row)  # [i, t], 0 where the tile is not full
+    is_seen = in_block[:, None, :] & ((start + offset)[:, None, :] < key_stop[..., None])  # [i, t, m]
+    logits = jnp.where(is_seen, logits, -jnp.inf)
+    return _Tiles(pair, row, start, query, key, value, logits)
+
+
+def _schedule(chunk: _Head, plan: _Plan) -> Schedule:
+    return make_schedule(
+        chunk.indices,
+        num_blocks=chunk.block_start.size,
+        tile_size=plan.tile_size,
+        tiles_per_step=plan.tiles_per_step,
+    )
+
+
+def _num_steps(schedule: Schedule, plan: _Plan) -> jax.Array:
+    return -(-schedule.num_tiles // plan.tiles_per_step)
+
+
+def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Einsum that accumulates in float32, or float64 for float64."""
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
+def _take_rows(array: jax.Array, row: jax.Array) -> jax.Array:
+    """Rows of `[chunk_rows, ...]`, zeros for those past the end."""
+    return array.at[row].get(mode="fill", fill_value=0)
+
+
+def _set_pairs(array: jax.Array, pair: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes `[i, t, ...]` to the pairs `[i, t]` of `[pairs, ...]`; those past the end are dropped."""
+    return array.at[pair].set(new, mode="drop", unique_indices=True)
+
+
+def _take_windows(array: jax.Array, start: jax.Array, plan: _Plan) -> jax.Array:
+    """`[i, m, d]`: block_size rows of `[keys, d]` from each start `[i, 1]` on."""
+    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,))
+    return jax.lax.gather(array, start, dimensions, (plan.block_size, array.shape[1]), mode="promise_in_bounds")
+
+
+def _add_windows(array: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
+    """Adds `[i, m, d]` to the rows of `[keys, d]` from each start `[i, 1]` on."""
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
+    )
+    return jax.lax.scatter_add(array, start, new, dimensions, indices_are_sorted=True, mode="promise_in_bounds")
+
+
+def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+    """Output `[chunks, chunk_rows, head_dim]` in the query's dtype and log-sum-exp `[chunks, chunk_rows]`."""
+    head_dim = head.query.shape[-1]
+    accumulator = jnp.promote_types(head.query.dtype, jnp.float32)
+
+    def attend_chunk(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        query, indices, key_stop = rows
+        chunk = head._replace(query=query, indices=indices, key_stop=key_stop)
+        top_k = indices.shape[-1]
+        num_pairs = plan.chunk_rows * top_k
+        schedule = _schedule(chunk, plan)
+
+        def attend_tiles(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            outputs, log_sum_exps = carry
+            tiles = _load_tiles(step, schedule, chunk, plan)
+            largest = tiles.logits.max(-1, keepdims=True)  # [i, t, 1]
+            largest = jnp.where(jnp.isneginf(largest), 0, largest)
+            weight = jnp.exp(tiles.logits - largest)
+            total = weight.sum(-1, keepdims=True)
+            output = _product("itm,imd->itd", weight.astype(tiles.value.dtype), tiles.value)
+            output = output / jnp.where(total == 0, 1, total)
+            return (
+                _set_pairs(outputs, tiles.pair, output),
+                _set_pairs(log_sum_exps, tiles.pair, (largest + jnp.log(total))[..., 0]),
+            )
+
+        empty = jnp.zeros((num_pairs, head_dim), accumulator), jnp.full(num_pairs, -jnp.inf, accumulator)
+        outputs, log_sum_exps = jax.lax.fori_loop(0, _num_steps(schedule, plan), attend_tiles, empty)
+        output, log_sum_exp = merge_partials(
+            outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1
+        )
+        return output.astype(query.dtype), log_sum_exp
+
+    return jax.lax.map(attend_chunk, (head.query, head.indices, head.key_stop))
+
+
+def _attend_head_backward(
+    head: _Head, d_output: jax.Array, log_sum_exp: jax.Array, delta: jax.Array, plan: _Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, like them; d_output `[chunks, chunk_rows, head_dim]`, the rest without d."""
+    accumulator = log_sum_exp.dtype
+
+    def differentiate_chunk(carry: tuple[jax.Array, jax.Array], inputs: tuple) -> tuple[tuple, jax.Array]:
+        query, indices, key_stop, d_output, log_sum_exp, delta = inputs
+        chunk = head._replace(query=query, indices=indices, key_stop=key_stop)
+        top_k = indices.shape[-1]
+        schedule = _schedule(chunk, plan)
+        safe_log_sum_exp = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp)  # [chunk_rows]
+
+        def differentiate_tiles(step: jax.Array, carry: tuple) -> tuple:
+            d_key, d_value, d_queries = carry
+            tiles = _load_tiles(step, schedule, chunk, plan)
+            dtype = tiles.value.dtype
+            probability = jnp.exp(tiles.logits - _take_rows(safe_log_sum_exp, tiles.row)[..., None])
+            d_out = _take_rows(d_output, tiles.row)  # [i, t, d]
+            d_probability = _product("itd,imd->itm", d_out, tiles.value)
+            d_logits = probability * (d_probability - _take_rows(delta, tiles.row)[..., None])
+            d_logits = (plan.scale * d_logits).astype(dtype)
+            d_key = _add_windows(d_key, tiles.start, _product("itm,itd->imd", d_logits, tiles.query))
+            d_value = _add_windows(d_value, tiles.start, _product("itm,itd->imd", probability.astype(dtype), d_out))
+            return d_key, d_value, _set_pairs(d_queries, tiles.pair, _product("itm,imd->itd", d_logits, tiles.key))
+
+        d_queries = jnp.zeros((plan.chunk_rows * top_k, query.shape[-1]), accumulator)
+        *carry, d_queries = jax.lax.fori_loop(
+            0, _num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries)
+        )
+        d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
+        return tuple(carry), d_query.astype(query.dtype)
+
+    empty = jnp.zeros(head.key.shape, accumulator)
+    chunks = (head.query, head.indices, head.key_stop, d_output, log_sum_exp, delta)
+    (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, (empty, empty), chunks)
+    return d_query, d_key, d_value
