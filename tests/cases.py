@@ -20,10 +20,11 @@ class Case:
     """One call of the library.
 
     Attributes:
-      sequences: "full" (no padding), "lengths" (padded rows), "segments" (packed rows, sorted ids), "mixed" (packed rows
-        with ids in no order, some of them on one side only, and padding).
+      sequences: "full" (no padding), "lengths" (padded rows, one without keys), "segments" (packed rows, sorted ids) or
+        "mixed" (packed rows with ids in no order, some of them on one side only, and padding).
       exact: draw multiples of 1/8 instead of real numbers. Scores are then exact in float32 (for blocks of a power of
         two), and ties are frequent.
+      scale: of the logits; None for 1 / sqrt(head_dim).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     dtype: str = "float32"
     sequences: str = "full"
     exact: bool = False
+    scale: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -59,7 +61,7 @@ CASES = (
     Case("aligned"),
     Case("ties", exact=True, top_k=3, queries=64, keys=64, head_dim=4),
     Case("ragged_tail", queries=37, keys=37, top_k=3, head_dim=5),
-    Case("grouped_heads", heads=4, kv_heads=2),
+    Case("grouped_heads", heads=4, kv_heads=2, scale=0.7),
     Case("one_kv_head", heads=3, kv_heads=1, queries=29, keys=29, block_size=5),
     Case("block_of_one", queries=12, keys=12, block_size=1, top_k=4),
     Case("one_block", queries=12, keys=12, block_size=16, top_k=1),
@@ -68,14 +70,14 @@ CASES = (
     Case("fewer_queries", queries=13, keys=37, top_k=3),
     Case("more_queries", queries=37, keys=13, block_size=4),
     Case("one_query", queries=1, keys=40),
-    Case("lengths", sequences="lengths", top_k=3, heads=4),
+    Case("lengths", batch=3, sequences="lengths", top_k=3, heads=4),
     Case("segments", sequences="segments", queries=40, keys=40),
     Case("mixed_segments", batch=3, sequences="mixed", queries=36, keys=45, block_size=4, top_k=3, heads=4),
     Case("all_see_all", is_causal=False, top_k=2, queries=21, keys=37),
-    Case("all_see_all_lengths", is_causal=False, sequences="lengths", heads=4),
+    Case("all_see_all_lengths", batch=3, is_causal=False, sequences="lengths", heads=4),
     Case("all_see_all_mixed", is_causal=False, sequences="mixed", batch=3, block_size=4, heads=4),
     Case("bfloat16", dtype="bfloat16", heads=4, exact=True, queries=48, keys=48),
-    Case("float16", dtype="float16", sequences="mixed", exact=True),
+    Case("float16", dtype="float16", sequences="mixed", exact=True, queries=48, keys=48, block_size=4),
 )
 
 # The sizes at which speed is promised (README). Too large for the oracle.
@@ -120,6 +122,15 @@ def make_sequences(case: Case, random: np.random.Generator) -> dict[str, np.ndar
             ids = random.integers(low, low + 3, (case.batch, num_tokens))
             sequences[f"{side}_segment_ids"] = ids.astype(np.int32)
     return sequences
+
+
+def make_selection(case: Case, seed: int = 0) -> np.ndarray:
+    """Draws block ids `[batch, heads, queries, top_k]` no router would choose: of any segment, past or future."""
+    random = np.random.default_rng(seed)
+    choices = np.arange(case.num_blocks + case.top_k)
+    shape = (case.batch, case.heads, case.queries, choices.size)
+    ids = random.permuted(np.broadcast_to(choices, shape), axis=-1)[..., : case.top_k]
+    return np.where(ids < case.num_blocks, ids, -1).astype(np.int32)
 
 
 def as_dtype(name: str) -> np.dtype:

@@ -78,7 +78,8 @@ def route(query, key, *, block_size, top_k, is_causal=True, **sequences):
     """Blocks chosen by every query head (S2, S3, S4, S6).
 
     Returns:
-      indices: int `[batch, heads, queries, top_k]`, own block first, then by falling score, ties to the lower id, then -1.
+      indices: int `[batch, heads, queries, top_k]`, own block first, then by falling score, ties to the lower id; -1
+        behind.
       gap: `[batch, heads, queries]`, the smallest difference between neighbours in the query's ranking, down to the
         first block left out. A tiny gap means that rounding may change the choice; exact ties are not counted.
     """
