@@ -1,0 +1,60 @@
+"""Key-side maths: the short convolution that lets a block's mean speak for single keys."""
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_key_convolution(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Adds to every key a gated mixture of itself and the keys just before it, channel by channel.
+
+    out_t = key_t + silu(sum_l kernel[l] * key_{t-l}), l = 0 ... width - 1; terms before the start of the row, or of
+    another segment than t, are absent. Neighbours of a relevant key thus come to resemble it, which raises the mean of
+    its block. Source: FlashMoBA (arXiv 2511.11571), key convolution (widths 3 and 5).
+
+    Args:
+      key: `[batch, sequence, kv_heads, head_dim]`, floating point.
+      kernel: `[width, kv_heads, head_dim]`, floating point; kernel[l] weighs the key l tokens back.
+      segment_ids: int `[batch, sequence]`, for packed sequences: tokens of equal id form one segment. Distances are
+        counted along the row, so a segment should be contiguous.
+
+    Returns:
+      Array of key's shape and dtype, computed in float32 (float64 stays float64).
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+    """
+    _check(key, kernel, segment_ids)
+    dtype = jnp.promote_types(key.dtype, jnp.float32)
+    kernel, num_tokens = kernel.astype(dtype), key.shape[1]
+    exact_key = key.astype(dtype)
+    mixture = exact_key * kernel[None, None, 0]
+    for lag in range(1, min(kernel.shape[0], num_tokens)):
+        earlier = _shift(exact_key, lag)
+        if segment_ids is not None:
+            is_same = segment_ids == _shift(segment_ids, lag)  # [batch, sequence]
+            earlier = jnp.where(is_same[:, :, None, None], earlier, 0)
+        mixture += earlier * kernel[None, None, lag]
+    return (exact_key + jax.nn.silu(mixture)).astype(key.dtype)
+
+
+def _shift(array: jax.Array, lag: int) -> jax.Array:
+    """Moves `[batch, sequence, ...]` later by `lag` tokens, zeros at the front."""
+    return jnp.pad(array[:, :-lag], ((0, 0), (lag, 0)) + ((0, 0),) * (array.ndim - 2))
+
+
+def _check(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> None:
+    if key.ndim != 4 or not jnp.issubdtype(key.dtype, jnp.floating):
+        raise ValueError(f"key must be floating point [batch, sequence, kv_heads, head_dim], got {key.dtype}{key.shape}")
+    if kernel.shape[1:] != key.shape[2:] or kernel.ndim != 3 or kernel.shape[0] < 1:
+        raise ValueError(
+            f"kernel must be [width, kv_heads, head_dim] = [width, {key.shape[2]}, {key.shape[3]}] with width at least "
+            f"1, got kernel.shape={kernel.shape}"
+        )
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"kernel must be floating point, got kernel.dtype={kernel.dtype}")
+    if segment_ids is not None and (
+        segment_ids.shape != key.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"segment_ids must be an integer array of shape {key.shape[:2]}, got {segment_ids.dtype}{segment_ids.shape}"
+        )
