@@ -44,7 +44,7 @@ def _shift(array: jax.Array, lag: int) -> jax.Array:
 
 def _check(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> None:
     if key.ndim != 4 or not jnp.issubdtype(key.dtype, jnp.floating):
-        raise ValueError(f"key must be floating point [batch, sequence, kv_heads, head_dim], got {key.dtype}{key.shape}")
+        raise ValueError(f"key must be a float [batch, sequence, kv_heads, head_dim], got {key.dtype}{key.shape}")
     if kernel.shape[1:] != key.shape[2:] or kernel.ndim != 3 or kernel.shape[0] < 1:
         raise ValueError(
             f"kernel must be [width, kv_heads, head_dim] = [width, {key.shape[2]}, {key.shape[3]}] with width at least "

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-# Shorter chunks make products too small to be fast, longer ones waste work on keys outside the window. Measured on a CPU.
+# Shorter chunks make products too small to be fast, longer ones waste work on keys out of sight. Measured on a CPU.
 _MIN_CHUNK = 32
-# Queries of a chunk that are attended at once: bounds the logits alive at 2 * 256 * sequence a head, whatever the window.
+# Queries of a chunk attended at once. Bounds the logits alive at 2 * 256 * sequence a head, whatever the window.
 _MAX_QUERIES = 256
-# The logit of a key that is out of sight. Finite, so that no gradient meets inf - inf; every query sees at least itself.
+# The logit of a key out of sight. Finite, so that no gradient meets inf - inf; every query sees at least itself.
 _OUT_OF_SIGHT = -1e30
 
 
@@ -79,7 +79,7 @@ def sliding_window_attention(
         logits = jnp.einsum("bntkgd,bnskd->bnkgts", query, key, preferred_element_type=accurate) * scale
         distance = (first + jnp.arange(part))[:, None] - key_place  # [part, lookback + chunk]
         is_seen = ((distance >= 0) & (distance < window_size) & key_exists[:, None])[None]  # [1, chunks, part, ...]
-        if segments is not None:
+        if segments is not None and key_segments is not None:
             is_seen &= segments[:, :, :, None] == key_segments[:, :, None]
         logits = jnp.where(is_seen[:, :, None, None], logits, jnp.asarray(_OUT_OF_SIGHT, accurate))
         weights = jax.nn.softmax(logits).astype(value.dtype)
@@ -102,9 +102,7 @@ def sliding_window_attention(
     return output.reshape(batch, num_chunks * chunk, num_heads, head_dim)[:, :num_tokens]
 
 
-def _check(
-    query: jax.Array, key: jax.Array, value: jax.Array, window_size: int, segment_ids: jax.Array | None
-) -> None:
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, window_size: int, segment_ids: jax.Array | None) -> None:
     if query.ndim != 4 or 0 in query.shape or not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(
             f"query must be floating point [batch, sequence, heads, head_dim] and not empty, got "

@@ -1,0 +1,134 @@
+"""Mixture of Block Attention as a module, and as the attention_fn of Flax's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+
+from sparse_attn.attention import Implementation, moba_attention
+from sparse_attn.nn import key_conv
+from sparse_attn.nn.attention import SelfAttention, default_kernel_init
+
+
+class MoBAAttention(SelfAttention):
+    """Self-attention in which each query chooses `top_k` blocks of keys, see `sparse_attn.moba_attention`.
+
+    The key convolution comes before both routing and attention. No positional encoding.
+    Sources: MoBA (arXiv 2502.13189), FlashMoBA (arXiv 2511.11571).
+
+    Args:
+      block_size: keys in a block, at least 1.
+      top_k: blocks that a query attends, its own included, at least 1.
+      is_causal: whether a token sees only tokens up to itself.
+      implementation: as in `moba_attention`.
+      others: as in `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        *,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        block_size: int,
+        top_k: int,
+        key_conv_width: int = 0,
+        use_bias: bool = False,
+        is_causal: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        key_conv_init: Initializer = key_conv.default_kernel_init,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            in_features,
+            num_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            key_conv_width=key_conv_width,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            out_kernel_init=out_kernel_init,
+            key_conv_init=key_conv_init,
+            rngs=rngs,
+        )
+        self.block_size = block_size
+        self.top_k = top_k
+        self.is_causal = is_causal
+        self.implementation = implementation
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array | None,
+        seq_lengths: jax.Array | None,
+    ) -> jax.Array:
+        return moba_attention(
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            is_causal=self.is_causal,
+            query_seq_lengths=seq_lengths,
+            key_value_seq_lengths=seq_lengths,
+            query_segment_ids=segment_ids,
+            key_value_segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
+
+def moba_attention_fn(
+    *, block_size: int, top_k: int, implementation: Implementation | None = None
+) -> Callable[..., jax.Array]:
+    """MoBA for `nnx.MultiHeadAttention(attention_fn=...)`; call that module with is_causal=True for causal attention.
+
+    Args: as in `moba_attention`.
+
+    Returns:
+      Function of query `[..., queries, heads, head_dim]`, key and value `[..., keys, kv_heads, head_dim]` and the
+      keywords that Flax passes. It raises ValueError for those that MoBA has no meaning for: a mask (so also decoding
+      from Flax's cache), a bias, dropout, a precision, sown weights.
+    """
+
+    def attention_fn(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: jax.Array | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Dtype | None = None,
+        precision: Any = None,
+        module: nnx.Module | None = None,
+        is_causal: bool = False,
+    ) -> jax.Array:
+        unsupported = {"bias": bias, "mask": mask, "precision": precision, "module": module}
+        for name, argument in unsupported.items():
+            if argument is not None:
+                raise ValueError(f"{name} must be None for MoBA attention, got {name} of {type(argument).__name__}")
+        if dropout_rate > 0 and not deterministic:
+            raise ValueError(f"dropout_rate must be 0 for MoBA attention unless deterministic, got {dropout_rate=}")
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        flat = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))  # any batch axes, as Flax has it
+        output = moba_attention(
+            *flat, block_size=block_size, top_k=top_k, is_causal=is_causal, implementation=implementation
+        )
+        return output.reshape(query.shape)
+
+    return attention_fn

@@ -1,0 +1,214 @@
+"""The hybrid decoder-only Transformer of FlashMoBA."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Initializer
+
+from sparse_attn.nn import key_conv
+from sparse_attn.nn.attention import SelfAttention
+from sparse_attn.nn.config import LayerKind, TransformerConfig
+from sparse_attn.nn.dense import DenseAttention
+from sparse_attn.nn.moba import MoBAAttention
+from sparse_attn.nn.sliding_window import SlidingWindowAttention
+
+# Names the axes of a parameter, or leaves its initialiser as it is.
+NameAxes = Callable[..., Initializer]
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)). Source: GLU variants (arXiv 2002.05202)."""
+
+    def __init__(self, config: TransformerConfig, *, name_axes: NameAxes, rngs: nnx.Rngs):
+        init = name_axes(nnx.initializers.lecun_normal(), "embed", "mlp")
+        down_init = name_axes(_residual_init(config), "mlp", "embed")
+        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        self.gate = nnx.Linear(config.hidden_size, config.mlp_size, kernel_init=init, **options)
+        self.up = nnx.Linear(config.hidden_size, config.mlp_size, kernel_init=init, **options)
+        self.down = nnx.Linear(config.mlp_size, config.hidden_size, kernel_init=down_init, **options)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(inputs)) * self.up(inputs))
+
+
+class TransformerLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig, kind: LayerKind, *, name_axes: NameAxes, rngs: nnx.Rngs):
+        self.attention_norm = _make_norm(config, rngs)
+        self.attention = _make_attention(config, kind, name_axes, rngs)
+        self.mlp_norm = _make_norm(config, rngs)
+        self.mlp = SwiGLU(config, name_axes=name_axes, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        hidden = hidden + self.attention(self.attention_norm(hidden), segment_ids=segment_ids)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model: embedding, layers of alternating attention, RMSNorm, logits.
+
+    Sliding-window layers carry rotary positions; MoBA and dense layers have no positional encoding.
+    Source: FlashMoBA (arXiv 2511.11571), experiments.
+
+    Attributes:
+      config: the sizes.
+      layers: the layers in order; with scan_layers, one for each place in the pattern, whose parameters have a leading
+        axis of length num_layers / len(layer_pattern).
+
+    Args:
+      config: the sizes.
+      logical_axes: whether parameters name their axes "vocab", "embed", "heads", "head_dim" and "mlp" (a stacking axis
+        and norms have none). Flax then places each parameter as it is made: build the model inside `jax.set_mesh(mesh)`
+        and `nnx.logical_axis_rules(rules)`, rules mapping every name to a mesh axis or None.
+      rngs: stream "params". The same key gives the same parameters, stacked or not.
+    """
+
+    def __init__(self, config: TransformerConfig, *, logical_axes: bool = False, rngs: nnx.Rngs):
+        def name_axes(init: Initializer, *names: str | None) -> Initializer:
+            return nnx.with_partitioning(init, names) if logical_axes else init
+
+        self.config = config
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        embedding_init = name_axes(nnx.initializers.normal(config.hidden_size**-0.5), "vocab", "embed")
+        self.embedding = nnx.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=embedding_init, rngs=rngs, **dtypes
+        )
+        keys = jax.random.split(rngs.params(), config.num_layers)
+
+        def make_layer(key: jax.Array, kind: LayerKind) -> TransformerLayer:
+            return TransformerLayer(config, kind, name_axes=name_axes, rngs=nnx.Rngs(key))
+
+        if config.scan_layers:
+            make_layers = nnx.vmap(make_layer, in_axes=(0, None), transform_metadata={nnx.PARTITION_NAME: None})
+            period = len(config.layer_pattern)
+            self.layers = nnx.List([make_layers(keys[i::period], kind) for i, kind in enumerate(config.layer_pattern)])
+        else:
+            self.layers = nnx.List([make_layer(*each) for each in zip(keys, config.layer_kinds, strict=True)])
+        self.norm = _make_norm(config, rngs)
+        self.head = nnx.data(
+            None
+            if config.tie_embeddings
+            else nnx.Linear(
+                config.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=name_axes(nnx.initializers.lecun_normal(), "embed", "vocab"),
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+                **dtypes,
+            )
+        )
+
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Predicts the next token everywhere.
+
+        Args:
+          tokens: int `[batch, sequence]`, below vocab_size.
+          segment_ids: int `[batch, sequence]`, for packed sequences: tokens of equal id form one segment.
+
+        Returns:
+          Logits float32 `[batch, sequence, vocab_size]`.
+
+        Raises:
+          ValueError: an argument has a wrong shape or dtype.
+        """
+        hidden = self._embed(tokens)
+
+        def apply_layer(layer: TransformerLayer, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+            return layer(hidden, segment_ids)
+
+        apply_layer = nnx.remat(apply_layer) if self.config.remat else apply_layer
+
+        def apply_layers(
+            layers: Sequence[TransformerLayer], hidden: jax.Array, segment_ids: jax.Array | None
+        ) -> jax.Array:
+            for layer in layers:
+                hidden = apply_layer(layer, hidden, segment_ids)
+            return hidden
+
+        if self.config.scan_layers:
+            apply_layers = nnx.scan(
+                apply_layers,
+                in_axes=(0, nnx.Carry, None),
+                out_axes=nnx.Carry,
+                transform_metadata={nnx.PARTITION_NAME: None},
+            )
+        hidden = self.norm(apply_layers(self.layers, hidden, segment_ids))
+        if self.head is not None:
+            return self.head(hidden)
+        embedding = self.embedding.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("btf,vf->btv", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def routing_inputs(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """What routing sees: queries and (convolved) keys of every moba and dense layer, in order.
+
+        For a dense layer, what a router put in its place would see.
+
+        Args: as of the call.
+
+        Returns:
+          For each such layer the pair of query `[batch, sequence, num_heads, head_dim]` and key `[batch, sequence,
+          kv_heads, head_dim]`.
+        """
+        hidden, pairs = self._embed(tokens), []
+        for layer, kind in zip(self._unstacked_layers(), self.config.layer_kinds, strict=True):
+            if kind != "sliding_window":
+                query, key, _ = layer.attention.project(layer.attention_norm(hidden), segment_ids)
+                pairs.append((query, key))
+            hidden = layer(hidden, segment_ids)
+        return pairs
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be an integer array [batch, sequence], got {tokens.dtype}{tokens.shape}")
+        return self.embedding(tokens)
+
+    def _unstacked_layers(self) -> Iterator[TransformerLayer]:
+        """The layers, first to last, one by one."""
+        if not self.config.scan_layers:
+            yield from self.layers
+            return
+        for index in range(self.config.num_layers):
+            repeat, place = divmod(index, len(self.config.layer_pattern))
+            graph, state = nnx.split(self.layers[place])
+            yield nnx.merge(graph, jax.tree.map(lambda array, repeat=repeat: array[repeat], state))
+
+
+def _make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.norm_epsilon,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _make_attention(config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, rngs: nnx.Rngs) -> SelfAttention:
+    options = {
+        "num_key_value_heads": config.num_key_value_heads or None,
+        "head_dim": config.head_dim,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "kernel_init": name_axes(nnx.initializers.lecun_normal(), "embed", "heads", "head_dim"),
+        "out_kernel_init": name_axes(_residual_init(config), "heads", "head_dim", "embed"),
+        "rngs": rngs,
+    }
+    sizes = (config.hidden_size, config.num_heads)
+    if kind == "sliding_window":
+        return SlidingWindowAttention(*sizes, window_size=config.window_size, rope_theta=config.rope_theta, **options)
+    options["key_conv_width"] = config.key_conv_width
+    options["key_conv_init"] = name_axes(key_conv.default_kernel_init, None, "heads", "head_dim")
+    if kind == "moba":
+        return MoBAAttention(*sizes, block_size=config.block_size, top_k=config.top_k, **options)
+    return DenseAttention(*sizes, **options)
+
+
+def _residual_init(config: TransformerConfig) -> Initializer:
+    """Variance 1 / (fan_in * 2 num_layers), so that the sum over all residual branches starts of order 1."""
+    return nnx.initializers.variance_scaling(1 / (2 * config.num_layers), "fan_in", "normal")
