@@ -236,7 +236,7 @@ def _zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
     """Zeros behind the real tokens of `[batch, sequence, heads, head_dim]`, so that NaN there cannot spread."""
     if seq_lengths is None:
         return array
-    is_real = jnp.arange(array.shape[1]) < seq_lengths[:, None]  # [batch, sequence]
+    is_real = jnp.arange(array.shape[1])[None, :] < seq_lengths[:, None]  # [batch, sequence]
     return jnp.where(is_real[..., None, None], array, 0)
 
 

@@ -104,7 +104,7 @@ def make_layout(
             query_segment_ids, key_value_segment_ids, query_lengths, key_lengths
         )
     visible = rank + 1 + segment_keys - segment_queries if is_causal else jnp.broadcast_to(segment_keys, rank.shape)
-    is_real = jnp.arange(num_queries) < query_lengths[:, None]  # [batch, queries]
+    is_real = jnp.arange(num_queries)[None, :] < query_lengths[:, None]  # [batch, queries]
     visible = jnp.where(is_real, jnp.maximum(visible, 0), 0)
     return Layout(
         key_order=key_order,

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def merge_partials(
-    outputs: jax.Array, log_sum_exp: jax.Array, *, axis: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def merge_partials(outputs: jax.Array, log_sum_exp: jax.Array, *, axis: int = 0) -> tuple[jax.Array, jax.Array]:
     """Joins softmax attention over disjoint sets of keys into attention over their union.
 
     With o_i = softmax(x_i) v_i over set i and L_i = log(sum(exp(x_i))), the union gives
@@ -22,11 +20,13 @@ def merge_partials(
     Returns:
       The merged output and its log-sum-exp: the shapes given, without the axis of the parts.
     """
-    largest = jax.lax.stop_gradient(log_sum_exp.max(axis, keepdims=True))
+    outputs = jnp.moveaxis(outputs, axis, -2)  # [..., parts, head_dim]
+    log_sum_exp = jnp.moveaxis(log_sum_exp, axis, -1)  # [..., parts]
+    largest = jax.lax.stop_gradient(log_sum_exp.max(-1, keepdims=True))
     weight = jnp.exp(log_sum_exp - jnp.where(jnp.isneginf(largest), 0, largest))
-    total = weight.sum(axis)
+    total = weight.sum(-1, keepdims=True)
     is_empty = total == 0
-    safe_total = jnp.where(is_empty, 1, total)
-    output = (weight[..., None] * outputs).sum(axis) / safe_total[..., None]
-    merged = jnp.where(is_empty, -jnp.inf, jnp.log(safe_total) + largest.squeeze(axis))
-    return output.astype(outputs.dtype), merged
+    total = jnp.where(is_empty, 1, total)
+    output = jnp.einsum("...p,...pd->...d", weight / total, outputs.astype(weight.dtype), precision="highest")
+    merged = jnp.where(is_empty, -jnp.inf, jnp.log(total) + largest)
+    return output.astype(outputs.dtype), merged[..., 0]

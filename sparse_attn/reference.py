@@ -39,8 +39,8 @@ def block_means(key: jax.Array, layout: Layout) -> jax.Array:
       float32 `[batch, blocks, kv_heads, head_dim]`; zero for a block that does not exist.
     """
     key = key.astype(jnp.promote_types(key.dtype, jnp.float32))
-    blocks = jnp.arange(layout.num_blocks)
-    is_member = layout.block_of_key()[:, None, :] == blocks[:, None]  # [batch, blocks, keys]
+    block = jnp.arange(layout.num_blocks)[None, :, None]
+    is_member = layout.block_of_key()[:, None, :] == block  # [batch, blocks, keys]
     total = jnp.einsum("bns,bskd->bnkd", is_member.astype(key.dtype), key, precision="highest")
     return total / jnp.maximum(layout.block_length, 1)[..., None, None]
 
@@ -63,12 +63,13 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
     query = query.reshape(batch, num_queries, key.shape[2], -1, head_dim).astype(means.dtype)
     scores = jnp.einsum("btkgd,bnkd->bkgtn", query, means, precision="highest")
     scores = scores.reshape(batch, num_heads, num_queries, layout.num_blocks)
-    block = jnp.arange(layout.num_blocks)
+    block = jnp.arange(layout.num_blocks)[None, None, :]
     first, last = layout.first_block[..., None], layout.last_block[..., None]  # [batch, queries, 1]
     is_visible = (first <= block) & (block <= last)  # [batch, queries, blocks]
     scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
     if is_causal:
         scores = jnp.where((is_visible & (block == last))[:, None], jnp.inf, scores)
+    scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
     best, indices = jax.lax.top_k(scores, top_k)  # stable: the lower index wins a tie
     return jnp.where(best == -jnp.inf, -1, indices)
 
@@ -91,9 +92,10 @@ def attend(
     """
     batch, num_queries, num_heads, head_dim = query.shape
     accumulator = jnp.promote_types(query.dtype, jnp.float32)
-    is_chosen = (indices[..., None] == jnp.arange(layout.num_blocks)).any(-2)  # [batch, heads, queries, blocks]
+    block = jnp.arange(layout.num_blocks).reshape(1, 1, 1, 1, -1)
+    is_chosen = (indices[..., None] == block).any(-2)  # [batch, heads, queries, blocks]
     is_chosen = jnp.take_along_axis(is_chosen, layout.block_of_key()[:, None, None, :], axis=-1)  # [.., queries, keys]
-    place = jnp.arange(layout.num_keys)
+    place = jnp.arange(layout.num_keys)[None, None, :]
     is_seen = (layout.key_start[..., None] <= place) & (place < layout.key_stop[..., None])  # [batch, queries, keys]
     mask = is_chosen & is_seen[:, None]  # [batch, heads, queries, keys]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from sparse_attn.layout import Layout
 
 _ROWS_PER_CHUNK = 2048
-_BLOCKS_PER_STEP = 512
+_BLOCKS_PER_STEP = 128
 
 
 def block_means(key: jax.Array, layout: Layout) -> jax.Array:
@@ -43,7 +43,7 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
     means = block_means(key, layout)
-    step_blocks = min(_BLOCKS_PER_STEP, layout.num_blocks)
+    step_blocks = min(max(_BLOCKS_PER_STEP, top_k), layout.num_blocks)
     means = jnp.pad(means, ((0, 0), (0, -layout.num_blocks % step_blocks), (0, 0), (0, 0)))
     means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
 
@@ -66,10 +66,11 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
 
         def extend(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             mean = jax.lax.dynamic_slice_in_dim(means, step * step_blocks, step_blocks)  # [blocks of the step, head_dim]
-            block = step * step_blocks + jnp.arange(step_blocks, dtype=jnp.int32)
+            block = step * step_blocks + jnp.arange(step_blocks, dtype=jnp.int32)[None, :]
             score = jnp.matmul(query.astype(mean.dtype), mean.T, precision="highest")
             if is_causal:
                 score = jnp.where(block == last, jnp.inf, score)
+            score = jnp.where(score == 0, 0, score)  # top_k would put 0 above -0
             score = jnp.where((first <= block) & (block <= last), score, -jnp.inf)
             score = jnp.concatenate([best[0], score], axis=1)
             block = jnp.concatenate([best[1], jnp.broadcast_to(block, (chunk_rows, step_blocks))], axis=1)
@@ -83,11 +84,11 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
         score, block = jax.lax.fori_loop(begin, end, extend, empty)
         return jnp.where(score == -jnp.inf, -1, block)
 
-    def route_head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        means, query, reach = inputs
+    @jax.custom_batching.sequential_vmap  # batched, the loop over steps would run to the end for all
+    def route_head(means: jax.Array, query: jax.Array, reach: jax.Array) -> jax.Array:
         return jax.lax.map(lambda rows: route_chunk(means, *rows), (query, reach))
 
-    indices = jax.lax.map(route_head, (means, split(query, 0), split(reach, -1)))
+    indices = jax.lax.map(lambda inputs: route_head(*inputs), (means, split(query, 0), split(reach, -1)))
     indices = indices.reshape(batch, kv_heads, -1, top_k)[:, :, :rows]
     indices = indices.reshape(batch, kv_heads, num_queries, -1, top_k).swapaxes(2, 3)
     return indices.reshape(batch, num_heads, num_queries, top_k)

@@ -24,8 +24,8 @@ class BlockSelection:
 
     def to_mask(self) -> jax.Array:
         """The choice as a table: bool `[batch, heads, queries, num_blocks]`. For looking at short sequences."""
-        ids = jnp.arange(self.num_blocks)
-        return (self.indices[..., None] == ids).any(axis=-2)
+        block = jnp.arange(self.num_blocks).reshape(1, 1, 1, 1, -1)
+        return (self.indices[..., None] == block).any(axis=-2)
 
     def density(self) -> jax.Array:
         """Share of the table that is chosen, float32 `[batch, heads]`, between 0 and 1."""

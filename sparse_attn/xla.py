@@ -41,6 +41,7 @@ class _Plan:
     num_chunks: int
     tile_size: int
     tiles_per_step: int
+    is_packed: bool  # whether the keys behind a short block belong to another segment
     scale: float
 
 
@@ -86,7 +87,8 @@ def _make_plan(query: jax.Array, key: jax.Array, indices: jax.Array, layout: Lay
     pairs_per_block = chunk_rows * top_k // full_blocks
     tile_size = next((size for size in _TILE_SIZES if 2 * size <= pairs_per_block), _TILE_SIZES[-1])
     tiles_per_step = min(_LOGITS_PER_STEP // (tile_size * layout.block_size), _PAIRS_PER_STEP // tile_size)
-    return _Plan(layout.block_size, chunk_rows, num_chunks, tile_size, max(tiles_per_step, 1), scale)
+    is_packed = layout.key_order is not None
+    return _Plan(layout.block_size, chunk_rows, num_chunks, tile_size, max(tiles_per_step, 1), is_packed, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -94,7 +96,9 @@ def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
 ) -> tuple[jax.Array, jax.Array]:
     heads = _split_heads(query, key, value, indices, layout, plan)
-    output, log_sum_exp = jax.lax.map(functools.partial(_attend_head, plan=plan), heads)
+    # The loop over a head's tiles ends where they do; batched by vmap, it would copy its results at every step.
+    attend_head = jax.custom_batching.sequential_vmap(functools.partial(_attend_head, plan=plan))
+    output, log_sum_exp = jax.lax.map(attend_head, heads)
     kv_heads = key.shape[2]
     output = _join_rows(output, query.shape[1], kv_heads)  # [batch, queries, heads, head_dim]
     return output, _join_rows(log_sum_exp[..., None], query.shape[1], kv_heads)[..., 0]
@@ -119,8 +123,9 @@ def _attend_backward(plan: _Plan, residuals: tuple, gradients: tuple[jax.Array, 
     kv_heads = key.shape[2]
     heads = _split_heads(query, key, value, indices, layout, plan)
     rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
+    differentiate_head = jax.custom_batching.sequential_vmap(functools.partial(_differentiate_head, plan=plan))
     d_query, d_key, d_value = jax.lax.map(
-        lambda head: _attend_head_backward(*head, plan=plan), (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
+        lambda inputs: differentiate_head(*inputs), (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
     )
 
     def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
@@ -185,15 +190,18 @@ def _load_tiles(step: jax.Array, schedule: Schedule, chunk: _Head, plan: _Plan) 
     pair = jax.lax.dynamic_slice_in_dim(schedule.pair, first, plan.tiles_per_step)  # [i, t]
     block = jax.lax.dynamic_slice_in_dim(schedule.block, first, plan.tiles_per_step)  # [i]
     row = pair // chunk.indices.shape[-1]
-    start, length = chunk.block_start[block][:, None], chunk.block_length[block][:, None]  # [i, 1]
-    offset = jnp.arange(plan.block_size)
-    in_block = offset < length  # [i, m]
-    # The keys behind a short block belong to another segment; whatever they hold must not meet a zero probability.
-    key, value = (jnp.where(in_block[..., None], _take_windows(x, start, plan), 0) for x in (chunk.key, chunk.value))
+    start = chunk.block_start[block][:, None]  # [i, 1]
+    place = start + jnp.arange(plan.block_size)[None, :]  # [i, m]
+    key, value = _take_windows(chunk.key, start, plan), _take_windows(chunk.value, start, plan)  # [i, m, d]
+    if plan.is_packed:  # another segment's keys, whatever they hold, must not even meet a probability of zero
+        in_block = place < start + chunk.block_length[block][:, None]
+        key, value = (jnp.where(in_block[..., None], array, 0) for array in (key, value))
     query = _take_rows(chunk.query, row)  # [i, t, d]
     logits = plan.scale * _product("itd,imd->itm", query, key)
     key_stop = _take_rows(chunk.key_stop, row)  # [i, t], 0 where the tile is not full
-    is_seen = in_block[:, None, :] & ((start + offset)[:, None, :] < key_stop[..., None])  # [i, t, m]
+    is_seen = place[:, None, :] < key_stop[..., None]  # [i, t, m]
+    if plan.is_packed:
+        is_seen &= in_block[:, None, :]
     logits = jnp.where(is_seen, logits, -jnp.inf)
     return _Tiles(pair, row, start, query, key, value, logits)
 
@@ -276,7 +284,7 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     return jax.lax.map(attend_chunk, (head.query, head.indices, head.key_stop))
 
 
-def _attend_head_backward(
+def _differentiate_head(
     head: _Head, d_output: jax.Array, log_sum_exp: jax.Array, delta: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value, like them; d_output `[chunks, chunk_rows, head_dim]`, the rest without d."""
