@@ -1,5 +1,7 @@
 """What the attention modules share: projections, key convolution, padding."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -59,7 +61,7 @@ class SelfAttention(nnx.Module):
             head_dim = in_features // num_heads
         if key_conv_width < 0:
             raise ValueError(f"key_conv_width must be 0 (none) or a width of at least 1, got {key_conv_width=}")
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
 
         def project_in(heads: int) -> nnx.LinearGeneral:
             shape = (heads, head_dim)

@@ -22,10 +22,7 @@ class TransformerConfig:
     num_heads: int = 16  # query heads
     num_key_value_heads: int = 0  # key and value heads, a divisor of num_heads; 0: as many as num_heads
     head_dim: int = 64  # features of a head; even
-    layer_pattern: tuple[LayerKind, ...] = (
-        "sliding_window",
-        "moba",
-    )  # attention of each layer, repeated over num_layers
+    layer_pattern: tuple[LayerKind, ...] = ("sliding_window", "moba")  # attention of each layer, repeated
     window_size: int = 256  # tokens that a sliding_window layer sees, the current one included
     rope_theta: float = 10_000.0  # base of the rotary wavelengths (tokens / 2 pi) in sliding_window layers
     block_size: int = 128  # tokens in a block of a moba layer
@@ -36,9 +33,7 @@ class TransformerConfig:
     dtype: DtypeName = "float32"  # dtype of the computation; logits, softmax and norms are float32 anyway
     param_dtype: DtypeName = "float32"  # dtype of the parameters
     remat: bool = False  # whether the backward pass recomputes each layer instead of keeping its activations
-    scan_layers: bool = (
-        False  # whether repeats of the pattern are stacked and scanned: compiles once, needs whole repeats
-    )
+    scan_layers: bool = False  # whether repeats of the pattern are stacked and scanned, which compiles them once
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "hidden_size", "mlp_size", "num_heads", "head_dim")

@@ -1,6 +1,7 @@
 """The hybrid decoder-only Transformer of FlashMoBA."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,12 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: TransformerConfig, *, name_axes: NameAxes, rngs: nnx.Rngs):
         init = name_axes(nnx.initializers.lecun_normal(), "embed", "mlp")
         down_init = name_axes(_residual_init(config), "mlp", "embed")
-        options = {"use_bias": False, "dtype": config.dtype, "param_dtype": config.param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "use_bias": False,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+            "rngs": rngs,
+        }
         self.gate = nnx.Linear(config.hidden_size, config.mlp_size, kernel_init=init, **options)
         self.up = nnx.Linear(config.hidden_size, config.mlp_size, kernel_init=init, **options)
         self.down = nnx.Linear(config.mlp_size, config.hidden_size, kernel_init=down_init, **options)
@@ -71,7 +77,7 @@ class Transformer(nnx.Module):
             return nnx.with_partitioning(init, names) if logical_axes else init
 
         self.config = config
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         embedding_init = name_axes(nnx.initializers.normal(config.hidden_size**-0.5), "vocab", "embed")
         self.embedding = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=embedding_init, rngs=rngs, **dtypes
@@ -190,7 +196,7 @@ def _make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def _make_attention(config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, rngs: nnx.Rngs) -> SelfAttention:
-    options = {
+    options: dict[str, Any] = {
         "num_key_value_heads": config.num_key_value_heads or None,
         "head_dim": config.head_dim,
         "dtype": config.dtype,
