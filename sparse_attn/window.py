@@ -69,7 +69,7 @@ def sliding_window_attention(
         return jnp.concatenate([before, chunks], axis=2)
 
     key, value = with_lookback(cut(key)), with_lookback(cut(value))  # [batch, chunks, lookback + chunk, kv_heads, d]
-    key_place = jnp.arange(-lookback, chunk)  # within a chunk
+    key_place = jnp.arange(-lookback, chunk)[None]  # [1, lookback + chunk], within a chunk
     key_exists = jnp.arange(num_chunks)[:, None] * chunk + key_place >= 0  # [chunks, lookback + chunk]
     segments = None if segment_ids is None else cut(segment_ids)
     key_segments = None if segments is None else with_lookback(segments)
@@ -77,7 +77,7 @@ def sliding_window_attention(
     def attend(first: jax.Array | int, query: jax.Array, segments: jax.Array | None) -> jax.Array:
         """The queries `[batch, chunks, part, kv_heads, group, d]` at `first` and after in every chunk."""
         logits = jnp.einsum("bntkgd,bnskd->bnkgts", query, key, preferred_element_type=accurate) * scale
-        distance = (first + jnp.arange(part))[:, None] - key_place  # [part, lookback + chunk]
+        distance = ((first + jnp.arange(part))[:, None] - key_place)[None]  # [1, part, lookback + chunk]
         is_seen = ((distance >= 0) & (distance < window_size) & key_exists[:, None])[None]  # [1, chunks, part, ...]
         if segments is not None and key_segments is not None:
             is_seen &= segments[:, :, :, None] == key_segments[:, :, None]
