@@ -1,7 +1,7 @@
 """Pairs to tiles: puts the (query, block) pairs of a selection in the order in which a dense tile can serve them.
 
-Queries that stand next to each other rarely choose the same blocks, so work is ordered by block: all pairs of a block in
-one run, cut into tiles of `tile_size` pairs. A tile is then one dense [tile_size, head_dim] x [head_dim, block_size]
+Queries that stand next to each other rarely choose the same blocks, so work is ordered by block: all pairs of a block
+in one run, cut into tiles of `tile_size` pairs. A tile is then one dense [tile_size, head_dim] x [head_dim, block_size]
 product, and the tiles of a block follow one another, so its keys are loaded once and its gradients add up in place.
 Plain XLA; every backend shares it.
 """
@@ -72,6 +72,7 @@ def _sort_pairs(block: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array
     num_pairs = block.size
     pair = jnp.arange(num_pairs, dtype=jnp.int32)
     if (num_blocks + 1) * num_pairs > jnp.iinfo(jnp.int32).max:
-        return tuple(jax.lax.sort((block, pair), num_keys=1, is_stable=True))
-    # One array of keys that need no comparator sorts four times as fast on a CPU.
-    return tuple(jnp.divmod(jnp.sort(block * num_pairs + pair, stable=False), num_pairs))
+        sorted_block, sorted_pair = jax.lax.sort((block, pair), num_keys=1, is_stable=True)
+    else:  # one array of keys that need no comparator sorts four times as fast on a CPU
+        sorted_block, sorted_pair = jnp.divmod(jnp.sort(block * num_pairs + pair, stable=False), num_pairs)
+    return sorted_block, sorted_pair

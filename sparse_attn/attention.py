@@ -1,7 +1,9 @@
 """The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
 
+import math
+import numbers
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +45,14 @@ def moba_attention(
       top_k: blocks that a query attends, at least 1, the own block included. More than there are means all.
       is_causal: whether a query sees only keys up to its own position. Positions align at the end of each segment.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
-      query_seq_lengths: int `[batch]`, real queries of each row; later ones are padding and give zeros.
+      query_seq_lengths: int `[batch]`, real queries of each row, clipped to 0..queries; later ones are padding and give
+        zeros.
       key_value_seq_lengths: int `[batch]`, real keys of each row.
       query_segment_ids: int `[batch, queries]`, for packed sequences: tokens of equal id form one segment, blocks
         restart at each, and none sees another. Given together with key_value_segment_ids.
       key_value_segment_ids: int `[batch, keys]`.
-      implementation: "reference" (dense masks, for reading and testing), "xla" (sparse), "pallas" (kernels), or None
-        for the best that can do the call.
+      implementation: "reference" (dense masks; the faster one up to about 256 tokens on a CPU), "xla" (sparse),
+        "pallas" (kernels), or None for the best sparse one that can do the call.
 
     Returns:
       Array of query's shape and dtype; zeros for a query with nothing to attend to.
@@ -58,24 +61,32 @@ def moba_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
-    sequence = {
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "query_segment_ids": query_segment_ids,
-        "key_value_segment_ids": key_value_segment_ids,
-    }
     selection = route_moba(
         query,
         key,
         block_size=block_size,
         top_k=top_k,
         is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
         implementation=implementation,
-        **sequence,
     )
-    return block_sparse_attention(
-        query, key, value, selection, is_causal=is_causal, scale=scale, implementation=implementation, **sequence
+    output = block_sparse_attention(
+        query,
+        key,
+        value,
+        selection,
+        is_causal=is_causal,
+        scale=scale,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        implementation=implementation,
     )
+    return cast(jax.Array, output)  # without return_residual
 
 
 def route_moba(
@@ -164,11 +175,16 @@ def block_sparse_attention(
     if value.shape != key.shape:
         raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
     batch, num_queries, num_heads, head_dim = query.shape
-    if selection.indices.ndim != 4 or selection.indices.shape[:3] != (batch, num_heads, num_queries):
+    _check_positive("selection.block_size", selection.block_size)
+    indices = selection.indices
+    is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+    if indices.ndim != 4 or indices.shape[:3] != (batch, num_heads, num_queries) or not is_integer:
         raise ValueError(
-            f"selection.indices must be [batch, heads, queries, top_k] = [{batch}, {num_heads}, {num_queries}, top_k], "
-            f"got {selection.indices.shape}"
+            f"selection.indices must be integers [{batch}, {num_heads}, {num_queries}, top_k] "
+            f"(batch, heads, queries, top_k), got {indices.dtype}{list(indices.shape)}"
         )
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be None or a finite Python number, got scale={scale!r}")
     _, attend = _resolve(implementation)
     query, (key, value), layout = _prepare(
         query,
@@ -180,12 +196,14 @@ def block_sparse_attention(
         query_segment_ids,
         key_value_segment_ids,
     )
-    scale = head_dim**-0.5 if scale is None else scale
-    output, log_sum_exp = attend(query, key, value, selection.indices, layout, scale=scale)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    output, log_sum_exp = attend(query, key, value, indices, layout, scale=scale)
     return (output, log_sum_exp) if return_residual else output
 
 
-def _resolve(implementation: Implementation | None) -> tuple[Callable[..., jax.Array], Callable[..., tuple]]:
+def _resolve(
+    implementation: Implementation | None,
+) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
     """The functions that route and attend."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
@@ -241,14 +259,12 @@ def _zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
 
 
 def _check_positive(name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {name}={number!r}")
 
 
 def _check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
-    if array is None:
-        return
-    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+    if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
         raise ValueError(f"{name} must be an integer array of shape {shape}, got {array.dtype}{list(array.shape)}")
 
 

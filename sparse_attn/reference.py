@@ -90,7 +90,7 @@ def attend(
     Returns:
       Output like query, and the log-sum-exp of the logits, float32 `[batch, queries, heads]`, -inf for none.
     """
-    batch, num_queries, num_heads, head_dim = query.shape
+    batch, num_queries, _, head_dim = query.shape
     accumulator = jnp.promote_types(query.dtype, jnp.float32)
     block = jnp.arange(layout.num_blocks).reshape(1, 1, 1, 1, -1)
     is_chosen = (indices[..., None] == block).any(-2)  # [batch, heads, queries, blocks]

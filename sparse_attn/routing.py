@@ -65,7 +65,9 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
         first, last = reach[:, :1], reach[:, 1:]  # [chunk_rows, 1]
 
         def extend(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            mean = jax.lax.dynamic_slice_in_dim(means, step * step_blocks, step_blocks)  # [blocks of the step, head_dim]
+            mean = jax.lax.dynamic_slice_in_dim(
+                means, step * step_blocks, step_blocks
+            )  # [blocks of the step, head_dim]
             block = step * step_blocks + jnp.arange(step_blocks, dtype=jnp.int32)[None, :]
             score = jnp.matmul(query.astype(mean.dtype), mean.T, precision="highest")
             if is_causal:

@@ -1,9 +1,9 @@
 """The sparse path in plain XLA: cost and memory follow the chosen blocks, not the square of the sequence.
 
-Pairs (query, chosen block) are sorted by block and cut into tiles (`pallas_kernels.schedule`); a loop takes a few tiles
+Pairs (query, chosen block) are sorted by block and cut into tiles (`pallas_kernels.schedule`). A loop takes a few tiles
 at a time: gathers their queries, slices their blocks, does one small dense attention each and puts the result at its
-pair. Each query then merges its pairs. The loop ends with the last tile in use, so that the room the tables keep for the
-worst case costs no time. Queries are worked through in chunks: the results of one chunk's pairs,
+pair. Each query then merges its pairs. The loop ends with the last tile in use, so that the room the tables keep for
+the worst case costs no time. Queries are worked through in chunks: the results of one chunk's pairs,
 `[chunk * top_k, head_dim]`, are the largest array alive beside inputs and outputs.
 
 The backward pass recomputes the probabilities from the log-sum-exp. dK and dV add up tile after tile; dQ is found for
@@ -23,13 +23,11 @@ from pallas_kernels.schedule import Schedule, make_schedule
 from sparse_attn.layout import Layout
 from sparse_attn.merge import merge_partials
 
-# Found by measurement on two CPU cores (float32, head_dim 64): larger tiles waste slots, smaller ones starve the product.
-_TILE_SIZES = (64, 32, 16, 8)  # pairs
+# Found by measurement on two CPU cores (float32, head_dim 64).
+_TILE_SIZES = (64, 32, 16, 8)  # pairs; larger tiles waste slots, smaller ones starve the product
 _PAIRS_PER_STEP = 2048  # bounds the gathered queries of a step
 _LOGITS_PER_STEP = 65536  # bounds the logits of a step, so that they stay in the second-level cache
 _QUERIES_PER_CHUNK = 4096
-
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +139,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _split_rows(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
     """`[batch, queries, heads, x]` to `[batch * kv_heads, chunks, chunk_rows, x]`, zeros behind the last query."""
-    batch, num_queries, num_heads, size = array.shape
+    batch, num_queries, _, size = array.shape
     array = array.reshape(batch, num_queries, kv_heads, -1, size).swapaxes(1, 2)
     array = array.reshape(batch * kv_heads, -1, size)
     array = jnp.pad(array, ((0, 0), (0, plan.num_chunks * plan.chunk_rows - array.shape[1]), (0, 0)))
@@ -311,9 +309,7 @@ def _differentiate_head(
             return d_key, d_value, _set_pairs(d_queries, tiles.pair, _product("itm,imd->itd", d_logits, tiles.key))
 
         d_queries = jnp.zeros((plan.chunk_rows * top_k, query.shape[-1]), accumulator)
-        *carry, d_queries = jax.lax.fori_loop(
-            0, _num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries)
-        )
+        *carry, d_queries = jax.lax.fori_loop(0, _num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries))
         d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
         return tuple(carry), d_query.astype(query.dtype)
 
