@@ -1,0 +1,46 @@
+"""Command line: `python -m experiments COMMAND --help` explains every option with its unit."""
+
+import importlib
+import sys
+
+import tyro
+
+# Where each command lives: its function's signature is its options, its docstring its help. Imported when called.
+COMMANDS = {
+    "train": ("experiments.train", "train_command", "train one model, or go on with a run that was stopped"),
+    "evaluate": ("experiments.evaluate", "evaluate_command", "evaluate a trained model, at any length and on any task"),
+    "study": ("experiments.studies", "study", "run one study of a preset"),
+    "reproduce": ("experiments.studies", "reproduce", "run every study of a preset, then write its report"),
+    "report": ("experiments.report", "report", "write the report of what the studies left in their directories"),
+    "benchmark": ("experiments.studies.efficiency", "benchmark", "time and memory against dense attention"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: the command's name and its options.
+
+    Returns:
+      Exit status: 0; 1 for a bad value or checkpoint; 2 for a command line that does not parse; 130 for Ctrl-C.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        usage = "\n".join(f"  {name:10} {summary}" for name, (_, _, summary) in COMMANDS.items())
+        print(f"usage: python -m experiments COMMAND [OPTIONS]\n\n{usage}\n\nOptions: python -m experiments COMMAND -h")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    module, function, _ = COMMANDS[arguments[0]]
+    command = getattr(importlib.import_module(module), function)
+    try:
+        tyro.cli(command, prog=f"python -m experiments {arguments[0]}", args=arguments[1:], use_underscores=True)
+    except KeyboardInterrupt as stop:
+        print(f"{stop}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
