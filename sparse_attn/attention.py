@@ -178,10 +178,15 @@ def block_sparse_attention(
     _check_positive("selection.block_size", selection.block_size)
     indices = selection.indices
     is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
-    if indices.ndim != 4 or indices.shape[:3] != (batch, num_heads, num_queries) or not is_integer:
+    if (
+        indices.ndim != 4
+        or indices.shape[:3] != (batch, num_heads, num_queries)
+        or 0 in indices.shape
+        or not is_integer
+    ):
         raise ValueError(
-            f"selection.indices must be integers [{batch}, {num_heads}, {num_queries}, top_k] "
-            f"(batch, heads, queries, top_k), got {indices.dtype}{list(indices.shape)}"
+            f"selection.indices must be integers of shape (batch, heads, queries, top_k) = ({batch}, {num_heads}, "
+            f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
         )
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be None or a finite Python number, got scale={scale!r}")
@@ -265,7 +270,7 @@ def _check_positive(name: str, number: int) -> None:
 
 def _check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
     if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
-        raise ValueError(f"{name} must be an integer array of shape {shape}, got {array.dtype}{list(array.shape)}")
+        raise ValueError(f"{name} must be integers of shape {shape}, got {array.dtype} of shape {array.shape}")
 
 
 def _check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
