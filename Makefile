@@ -1,0 +1,35 @@
+# Everything from a fresh machine with Python 3.11 or newer: `make reproduce`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PRESET ?= tiny
+
+.PHONY: reproduce test test-versions lint benchmark clean
+
+reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, write the report
+	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
+
+test: $(VENV)/ready-test  ## all tests, with coverage
+	$(RUN) -m pytest -n 2 --cov --cov-report=term
+
+lint: $(VENV)/ready-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+benchmark: $(VENV)/ready-experiments  ## times and memory against dense attention
+	$(RUN) -m experiments benchmark
+
+test-versions: ## the same tests on another Python, hence another JAX: make test-versions PYTHON=python3.13
+	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON))
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready-%: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage*
