@@ -7,10 +7,10 @@ from experiments.data import Batch, Split, generator
 
 
 class NeedleData:
-    """Sequences such as `. . k3 v8 . . . . k7 v1 . . k3`, with target v8 at the end, and the depth of its pair.
+    """Sequences such as `. . k3 v8 . . . . k7 v1 . . k3 .`, with target v8 at the last k3, and the depth of its pair.
 
     num_pairs pairs stand at random even places; num_queries of their keys follow at the end, each in a slot of two
-    tokens, the key last. Token ids and the slots of two tokens are those of recall, so that a model trained there can
+    tokens, the key first. Token ids and the slots of two tokens are those of recall, so that a model trained there can
     be asked here, at any sequence_length. Source of the task: RULER (arXiv 2404.06654), single and multi-key needles.
 
     Args:
@@ -56,7 +56,7 @@ class NeedleData:
         value = rng.integers(first_value, first_filler, (rows, pairs), dtype=np.int32)
         np.put_along_axis(tokens, 2 * slot, key, 1)
         np.put_along_axis(tokens, 2 * slot + 1, value, 1)
-        last = slice(config.sequence_length - 2 * queries + 1, None, 2)  # the last places, two tokens apart
+        last = slice(config.sequence_length - 2 * queries, None, 2)
         tokens[:, last], targets[:, last] = key[:, :queries], value[:, :queries]
         depth[:, last] = slot[:, :queries] / max(self.num_slots - 1, 1)
         return {"tokens": tokens, "targets": targets, "depth": depth}

@@ -1,0 +1,290 @@
+"""The training loop: optax on the split state of an NNX model, resumable to the bit."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+from experiments import checkpoint
+from experiments.config import OptimizerConfig, RunConfig, fingerprint, from_dict, to_dict
+from experiments.data import make_data
+from experiments.evaluate import evaluate
+from experiments.metrics import Metrics, write_json
+from sparse_attn.nn import Transformer
+
+log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, and all that a checkpoint holds."""
+
+    params: nnx.State
+    optimizer: optax.OptState
+    step: jax.Array  # int32 []
+
+
+def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, Any]:
+    """Trains a model, or goes on where a stopped run of the same configuration left off, or returns its result.
+
+    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/ as it goes, and result.json last.
+
+    Args:
+      config: the run.
+      run_dir: its directory, made if need be.
+      resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
+
+    Returns:
+      The content of result.json: config, evaluation, seconds, steps, git_revision, data, num_parameters.
+
+    Raises:
+      ValueError: the configuration cannot be met, or run_dir holds another run (CheckpointError: or a damaged one).
+      FloatingPointError: the loss is not finite.
+      KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written.
+    """
+    _check_directory(config, run_dir, resume)
+    result_path, checkpoints = run_dir / "result.json", run_dir / "checkpoints"
+    if result_path.exists():
+        log.info("%s is there already", result_path)
+        return json.loads(result_path.read_text())
+    data = make_data(config.data, config.seed, run_dir)
+    if data.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size must be at least {data.vocab_size} for data.task={config.data.task!r}, got "
+            f"model.vocab_size={config.model.vocab_size}"
+        )
+    identity = _identity(config, data.description)
+    graph, make_state = _init(config)
+    restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state), identity)
+    step, state, seconds_before = restored or (0, make_state(), 0.0)
+    if restored:
+        log.info("going on from step %d of %s", step, checkpoints)
+    about = _about()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **about})
+
+    train_step = _make_train_step(config, graph)
+    metrics = Metrics(run_dir, config.name, step, config.train.steps, config.train.tensorboard)
+    start = logged_at = time.monotonic()
+    logged_step = step
+
+    def save() -> None:
+        metrics.flush()
+        seconds = seconds_before + time.monotonic() - start
+        checkpoint.save(checkpoints, step, state, identity, seconds, config.train.checkpoints_to_keep)
+
+    with contextlib.closing(metrics), _stop_on_interrupt() as stopped:
+        while step < config.train.steps:
+            batch = data.batch(step, "train")  # made while the device is still at the step before
+            state, measured = train_step(state, batch)
+            step += 1
+            metrics.advance()
+            values: dict[str, float] = {}
+            is_last = step == config.train.steps
+            if step % config.train.log_every == 0 or is_last:
+                values = {name: float(value) for name, value in measured.items()}
+                if not np.isfinite(values["loss"]):
+                    raise FloatingPointError(f"the loss is {values['loss']} at step {step} of {config.name}")
+                now = time.monotonic()
+                tokens = (step - logged_step) * batch["tokens"].size
+                values["tokens_per_second"] = tokens / (now - logged_at)
+                logged_step, logged_at = step, now
+            if config.train.evaluate_every and step % config.train.evaluate_every == 0 and not is_last:
+                evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+                values |= {f"validation_{k}": v for k, v in evaluation.items() if isinstance(v, float)}
+                logged_step, logged_at = step, time.monotonic()
+            if values:
+                metrics.write(step, values)
+            if step % config.train.checkpoint_every == 0 or is_last or stopped():
+                save()
+            if stopped() and not is_last:
+                raise KeyboardInterrupt(f"Stopped {config.name} after step {step}; a checkpoint is in {checkpoints}.")
+
+    evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+    result = {
+        "config": to_dict(config),
+        "evaluation": evaluation,
+        "seconds": seconds_before + time.monotonic() - start,
+        "steps": step,
+        "git_revision": about["git_revision"],
+        "data": data.description,
+        "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    }
+    write_json(result_path, result)
+    log.info("%s: %s", config.name, json.dumps(evaluation))
+    return result
+
+
+def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
+    """The configuration of a run and its model with the parameters of its newest checkpoint.
+
+    Raises:
+      ValueError: run_dir holds no run with a checkpoint, or a damaged one.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"run_dir must be the directory of a run, got run_dir={run_dir} without config.json")
+    saved = json.loads(path.read_text())
+    config = from_dict(saved["config"])
+    graph, make_state = _init(config)
+    identity = _identity(config, saved["data"])
+    restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state), identity)
+    if restored is None:
+        raise ValueError(f"run_dir must be the directory of a run with a checkpoint, got run_dir={run_dir}")
+    return config, nnx.merge(graph, restored[1].params)
+
+
+def train_command(
+    config: Annotated[RunConfig, tyro.conf.arg(name="")], run_dir: Path | None = None, resume: bool = True
+) -> None:
+    """Trains one model, or goes on with a run that was stopped.
+
+    Args:
+      config: the run.
+      run_dir: directory of the run; None: runs/NAME.
+      resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    train(config, run_dir or Path("runs") / config.name, resume)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW after clipping; linear warm-up, then cosine decay until `steps`. Norm scales are not decayed."""
+
+    def is_decayed(params: nnx.State) -> Any:
+        return jax.tree.map_with_path(lambda path, _: not jax.tree_util.keystr(path).endswith("scale']"), params)
+
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        min(config.warmup_steps, steps - 1),
+        steps,
+        config.learning_rate * config.final_fraction,
+    )
+    adam = optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=is_decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam), schedule
+
+
+def _init(config: RunConfig) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
+
+    def make_model() -> Transformer:
+        return Transformer(config.model, rngs=nnx.Rngs(params=config.seed))
+
+    @jax.jit
+    def make_state() -> TrainState:
+        params = nnx.state(make_model(), nnx.Param)
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return nnx.split(nnx.eval_shape(make_model))[0], make_state
+
+
+def _make_train_step(config: RunConfig, graph: nnx.GraphDef) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    optimizer, schedule = make_optimizer(config.optimizer, config.train.steps)
+
+    def mean_loss(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = nnx.merge(graph, params)(batch["tokens"], batch.get("segment_ids"))  # [batch, sequence, vocab_size]
+        targets = batch["targets"]
+        asked = targets >= 0
+        count = jnp.maximum(asked.sum(), 1)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        accuracy = ((logits.argmax(-1) == targets) & asked).sum() / count
+        return jnp.where(asked, losses, 0).sum() / count, accuracy
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, accuracy), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        measured = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), measured
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:
+    path = run_dir / "config.json"
+    if not path.exists():
+        return
+    if not resume:
+        raise ValueError(f"run_dir must hold no run when resume is off, got run_dir={run_dir}")
+    there = from_dict(json.loads(path.read_text())["config"])
+    if fingerprint(there) != fingerprint(config):
+        old, new = _flat(there), _flat(config)
+        different = "; ".join(
+            f"{name} is {old[name]!r} there, {new[name]!r} here" for name in old if old[name] != new[name]
+        )
+        raise ValueError(f"run_dir={run_dir} holds a run of another configuration ({different}); use another run_dir")
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """The values that decide the parameters, by their names on the command line."""
+    fields = to_dict(config)
+    parts = {f"{k}.{f}": v for k in ("model", "data", "optimizer") for f, v in fields[k].items()}
+    return {"seed": config.seed, "train.steps": config.train.steps, **parts}
+
+
+def _identity(config: RunConfig, data: dict[str, Any]) -> str:
+    """Hash of the configuration and of the data, which for text depend on the machine."""
+    return hashlib.sha256((fingerprint(config) + json.dumps(data, sort_keys=True)).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(*_: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _about() -> dict[str, Any]:
+    """The code and the machine that a run ran on."""
+
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+    }
