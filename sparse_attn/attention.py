@@ -51,7 +51,7 @@ def moba_attention(
       query_segment_ids: int `[batch, queries]`, for packed sequences: tokens of equal id form one segment, blocks
         restart at each, and none sees another. Given together with key_value_segment_ids.
       key_value_segment_ids: int `[batch, keys]`.
-      implementation: "reference" (dense masks; the faster one up to about 256 tokens on a CPU), "xla" (sparse),
+      implementation: "reference" (dense masks; on a CPU as fast up to about 128 tokens), "xla" (sparse),
         "pallas" (kernels), or None for the best sparse one that can do the call.
 
     Returns:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn.layout import Layout
+from sparse_attn.loops import heads_per_step, loop_bound, map_heads
 
 _ROWS_PER_CHUNK = 2048
 _BLOCKS_PER_STEP = 128
@@ -83,14 +84,14 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
         begin = jnp.where(is_reached, first, layout.num_blocks).min() // step_blocks
         end = jnp.where(is_reached, last, -1).max() // step_blocks + 1
         empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
-        score, block = jax.lax.fori_loop(begin, end, extend, empty)
+        score, block = jax.lax.fori_loop(-loop_bound(-begin), loop_bound(end), extend, empty)
         return jnp.where(score == -jnp.inf, -1, block)
 
-    @jax.custom_batching.sequential_vmap  # batched, the loop over steps would run to the end for all
     def route_head(means: jax.Array, query: jax.Array, reach: jax.Array) -> jax.Array:
         return jax.lax.map(lambda rows: route_chunk(means, *rows), (query, reach))
 
-    indices = jax.lax.map(lambda inputs: route_head(*inputs), (means, split(query, 0), split(reach, -1)))
+    heads = heads_per_step(batch * kv_heads, chunk_rows * step_blocks)
+    indices = map_heads(route_head, (means, split(query, 0), split(reach, -1)), heads)
     indices = indices.reshape(batch, kv_heads, -1, top_k)[:, :, :rows]
     indices = indices.reshape(batch, kv_heads, num_queries, -1, top_k).swapaxes(2, 3)
     return indices.reshape(batch, num_heads, num_queries, top_k)

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.schedule import Schedule, make_schedule
 from sparse_attn.layout import Layout
+from sparse_attn.loops import heads_per_step, loop_bound, map_heads
 from sparse_attn.merge import merge_partials
 
 # Found by measurement on two CPU cores (float32, head_dim 64).
 _TILE_SIZES = (64, 32, 16, 8)  # pairs; larger tiles waste slots, smaller ones starve the product
 _PAIRS_PER_STEP = 2048  # bounds the gathered queries of a step
 _LOGITS_PER_STEP = 65536  # bounds the logits of a step, so that they stay in the second-level cache
-_QUERIES_PER_CHUNK = 4096
+_ROWS_PER_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class _Plan:
     num_chunks: int
     tile_size: int
     tiles_per_step: int
+    heads_per_step: int
     is_packed: bool  # whether the keys behind a short block belong to another segment
     scale: float
 
@@ -76,17 +78,28 @@ def attend(
 
 
 def _make_plan(query: jax.Array, key: jax.Array, indices: jax.Array, layout: Layout, scale: float) -> _Plan:
-    num_queries, top_k = indices.shape[2:]
-    group = query.shape[2] // key.shape[2]
+    batch, _, num_queries, top_k = indices.shape
+    kv_heads, head_dim = key.shape[2:]
+    group = query.shape[2] // kv_heads
     full_blocks = -(-layout.num_keys // layout.block_size)
     # At least two of the largest tiles a block and chunk on average, so that half-empty tiles stay few.
-    num_chunks = -(-num_queries // max(_QUERIES_PER_CHUNK, 2 * _TILE_SIZES[0] * full_blocks // (group * top_k)))
+    rows = max(_ROWS_PER_CHUNK, 2 * _TILE_SIZES[0] * full_blocks // top_k)
+    num_chunks = -(-num_queries * group // rows)
     chunk_rows = -(-num_queries // num_chunks) * group
     pairs_per_block = chunk_rows * top_k // full_blocks
     tile_size = next((size for size in _TILE_SIZES if 2 * size <= pairs_per_block), _TILE_SIZES[-1])
-    tiles_per_step = min(_LOGITS_PER_STEP // (tile_size * layout.block_size), _PAIRS_PER_STEP // tile_size)
-    is_packed = layout.key_order is not None
-    return _Plan(layout.block_size, chunk_rows, num_chunks, tile_size, max(tiles_per_step, 1), is_packed, scale)
+    heads = heads_per_step(batch * kv_heads, chunk_rows * top_k * head_dim)
+    tiles_per_step = min(_LOGITS_PER_STEP // (tile_size * layout.block_size), _PAIRS_PER_STEP // tile_size) // heads
+    return _Plan(
+        block_size=layout.block_size,
+        chunk_rows=chunk_rows,
+        num_chunks=num_chunks,
+        tile_size=tile_size,
+        tiles_per_step=max(tiles_per_step, 1),
+        heads_per_step=heads,
+        is_packed=layout.key_order is not None,
+        scale=scale,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -94,9 +107,7 @@ def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
 ) -> tuple[jax.Array, jax.Array]:
     heads = _split_heads(query, key, value, indices, layout, plan)
-    # The loop over a head's tiles ends where they do; batched by vmap, it would copy its results at every step.
-    attend_head = jax.custom_batching.sequential_vmap(functools.partial(_attend_head, plan=plan))
-    output, log_sum_exp = jax.lax.map(attend_head, heads)
+    output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
     kv_heads = key.shape[2]
     output = _join_rows(output, query.shape[1], kv_heads)  # [batch, queries, heads, head_dim]
     return output, _join_rows(log_sum_exp[..., None], query.shape[1], kv_heads)[..., 0]
@@ -121,10 +132,9 @@ def _attend_backward(plan: _Plan, residuals: tuple, gradients: tuple[jax.Array, 
     kv_heads = key.shape[2]
     heads = _split_heads(query, key, value, indices, layout, plan)
     rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
-    differentiate_head = jax.custom_batching.sequential_vmap(functools.partial(_differentiate_head, plan=plan))
-    d_query, d_key, d_value = jax.lax.map(
-        lambda inputs: differentiate_head(*inputs), (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
-    )
+    inputs = (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
+    differentiate_head = functools.partial(_differentiate_head, plan=plan)
+    d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
 
     def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
         batch, num_keys, _, head_dim = key.shape
@@ -214,7 +224,7 @@ def _schedule(chunk: _Head, plan: _Plan) -> Schedule:
 
 
 def _num_steps(schedule: Schedule, plan: _Plan) -> jax.Array:
-    return -(-schedule.num_tiles // plan.tiles_per_step)
+    return loop_bound(-(-schedule.num_tiles // plan.tiles_per_step))
 
 
 def _product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
