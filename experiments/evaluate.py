@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.config import DataConfig
+from experiments.config import DataConfig, Task
 from experiments.data import Data, make_data
 from sparse_attn.nn import Transformer
 
@@ -68,7 +68,7 @@ def _score(
 
 def evaluate_command(
     run_dir: Path,
-    task: str | None = None,
+    task: Task | None = None,
     sequence_lengths: tuple[int, ...] = (),
     num_pairs: int | None = None,
     num_batches: int = 8,

@@ -29,7 +29,7 @@ class Metrics:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
-        self._file = path.open("a")
+        self._file = path.open("a", buffering=1)  # a line at a time, for those who watch
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
         # On a terminal alone: a bar in a log file is noise, and the lines below say the same.
         self._bar = tqdm(total=num_steps, initial=first_step, desc=name, unit="step", disable=None, dynamic_ncols=True)

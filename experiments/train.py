@@ -159,8 +159,8 @@ def train_command(
       run_dir: directory of the run; None: runs/NAME.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("experiments").setLevel(logging.INFO)
     train(config, run_dir or Path("runs") / config.name, resume)
 
 
@@ -230,9 +230,7 @@ def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:
     there = from_dict(json.loads(path.read_text())["config"])
     if fingerprint(there) != fingerprint(config):
         old, new = _flat(there), _flat(config)
-        different = "; ".join(
-            f"{name} is {old[name]!r} there, {new[name]!r} here" for name in old if old[name] != new[name]
-        )
+        different = "; ".join(f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k])
         raise ValueError(f"run_dir={run_dir} holds a run of another configuration ({different}); use another run_dir")
 
 

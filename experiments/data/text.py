@@ -2,9 +2,9 @@
 
 Files that resemble each other stand on one side of the split. Two files resemble each other if at least half of their
 distinct lines are common: Jaccard index >= 0.5. Lines count stripped, if at least 12 characters remain and at most 50
-files have them: the others are licences and the like, and count only in files that hold nothing else. Pairs to compare are found by
-MinHash (64 hashes in 16 bands of 4), which finds a pair of index s with probability 1 - (1 - s^4)^16: 0.64 at 0.5,
-0.99 at 0.7.
+files have them: the others are licences and the like, and count only in files that hold nothing else. Pairs to compare
+are found by MinHash (64 hashes in 16 bands of 4), which finds a pair of index s with probability 1 - (1 - s^4)^16:
+0.64 at 0.5, 0.99 at 0.7.
 """
 
 import hashlib
