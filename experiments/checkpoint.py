@@ -83,9 +83,11 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
                 raise CheckpointError(f"{path} is of another model or version, or was renamed; use another run_dir")
             items = ocp.args.Composite(state=ocp.args.StandardRestore(expected))
             arrays = checkpointer.restore(path, items).state
-        wrong = [name for name, crc in _checksums(arrays).items() if about["checksums"][name] != crc]
-        if wrong:
-            raise CheckpointError(f"the checksum of {wrong[0]} is wrong")
+        for name, checksum in _checksums(arrays).items():
+            if about["checksums"][name] != checksum:
+                raise OSError(f"the checksum of {name} is wrong")
+            if (arrays[name].shape, arrays[name].dtype) != (expected[name].shape, expected[name].dtype):
+                raise CheckpointError(f"{path} is of another model: {name} is {arrays[name].shape} there")
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds; every one means that the files are not whole
