@@ -9,7 +9,10 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Decoder-only Transformer whose layers alternate kinds of attention. Defaults: the 340M model of FlashMoBA.
+    """Decoder-only Transformer whose layers alternate kinds of attention.
+
+    The defaults are near FlashMoBA's 340M model (arXiv 2511.11571): width, heads and MLP are the paper's; the number of
+    layers, the window and the vocabulary are assumptions. With tied embeddings they make 341M parameters.
 
     Raises:
       ValueError: a field has a value that is not allowed.
