@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     try:
         tyro.cli(command, prog=f"python -m experiments {arguments[0]}", args=arguments[1:], use_underscores=True)
     except KeyboardInterrupt as stop:
-        print(f"{stop}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
+        print(f"{stop or 'Stopped.'}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

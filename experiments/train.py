@@ -168,7 +168,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
     """AdamW after clipping; linear warm-up, then cosine decay until `steps`. Norm scales are not decayed."""
 
     def is_decayed(params: nnx.State) -> Any:
-        return jax.tree.map_with_path(lambda path, _: not jax.tree_util.keystr(path).endswith("scale']"), params)
+        return jax.tree.map_with_path(lambda path, _: "'scale'" not in jax.tree_util.keystr(path), params)
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
@@ -213,7 +213,7 @@ def _make_train_step(config: RunConfig, graph: nnx.GraphDef) -> Callable[..., tu
         measured = {
             "loss": loss,
             "accuracy": accuracy,
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
         }
         return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), measured

@@ -1,0 +1,114 @@
+"""The command line: help with units, overrides, errors, and one command's way into the next."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import COMMANDS, main
+from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+
+MICRO_FLAGS = [
+    "--model.num_layers",
+    "1",
+    "--model.layer_pattern",
+    "dense",
+    "--model.hidden_size",
+    "16",
+    "--model.head_dim",
+    "8",
+    "--model.mlp_size",
+    "16",
+    "--model.key_conv_width",
+    "0",
+    "--data.sequence_length",
+    "32",
+    "--data.batch_size",
+    "2",
+    "--data.num_pairs",
+    "4",
+    "--train.steps",
+    "3",
+    "--train.no_tensorboard",
+    "--train.evaluate_batches",
+    "1",
+    "--train.log_every",
+    "1",
+]
+
+
+def test_no_command_lists_the_commands():
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", "experiments"], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert all(name in done.stdout for name in COMMANDS)
+    assert main(["--help"]) == 0
+    assert main(["fly"]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m experiments {command}" in capsys.readouterr().out
+
+
+def test_help_explains_every_field_with_its_unit(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    words = re.sub(r"[\s│]+", " ", capsys.readouterr().out).replace("_", "-")
+    for part, config in (("data", DataConfig), ("optimizer", OptimizerConfig), ("train", TrainConfig)):
+        for field in dataclasses.fields(config):
+            name = f"--{part}.{field.name}".replace("_", "-")
+            assert name in words
+            about = words.split(name)[-1].split("(default:")[0]
+            assert about.strip()[-1] in ").", f"{name}: {about}"
+            if field.type not in ("bool", bool) and field.name != "task":
+                assert re.search(r"\([^)]+\)\.", about), f"{name} says no unit: {about}"
+    for field in dataclasses.fields(RunConfig().model):
+        assert f"--model.{field.name}".replace("_", "-") in words
+
+
+def test_train_then_evaluate(tmp_path, capsys):
+    run_dir = str(tmp_path / "run")
+    assert main(["train", *MICRO_FLAGS, "--run_dir", run_dir, "--seed", "5", "--optimizer.learning_rate", "0.01"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["config"]["seed"] == 5
+    assert result["config"]["optimizer"]["learning_rate"] == 0.01
+    assert result["config"]["model"]["layer_pattern"] == ["dense"]
+    capsys.readouterr()
+    options = ["--task", "needle", "--sequence_lengths", "32", "64", "--num_pairs", "2", "--num_batches", "1"]
+    assert main(["evaluate", "--run_dir", run_dir, *options]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["task"], line["sequence_length"], line["num_targets"]) for line in lines] == [
+        ("needle", 32, 2),
+        ("needle", 64, 1),
+    ]
+    assert main(["train", *MICRO_FLAGS, "--run_dir", run_dir, "--seed", "6"]) == 1
+    assert "seed is 5 there, 6 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data.num_pairs", "3", "--data.sequence_length", "8", "--run_dir", "RUN"], "num_pairs"),
+        (["evaluate", "--run_dir", "RUN"], "config.json"),
+    ],
+)
+def test_bad_values_are_an_error_of_one_line(arguments, message, capsys, tmp_path):
+    assert main([str(tmp_path) if each == "RUN" else each for each in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("flag", ["--model.block_size=few", "--data.task=chess", "--train.stepz=3"])
+def test_a_command_line_that_does_not_parse_exits_with_2(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", flag])
+    assert stop.value.code == 2
