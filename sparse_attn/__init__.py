@@ -2,14 +2,18 @@
 
 from sparse_attn import reference
 from sparse_attn.attention import block_sparse_attention, moba_attention, route_moba
+from sparse_attn.keys import causal_key_convolution
 from sparse_attn.merge import merge_partials
 from sparse_attn.selection import BlockSelection
+from sparse_attn.window import sliding_window_attention
 
 __all__ = [
     "BlockSelection",
     "block_sparse_attention",
+    "causal_key_convolution",
     "merge_partials",
     "moba_attention",
     "reference",
     "route_moba",
+    "sliding_window_attention",
 ]
