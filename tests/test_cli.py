@@ -12,33 +12,21 @@ import pytest
 from experiments.__main__ import COMMANDS, main
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
-MICRO_FLAGS = [
-    "--model.num_layers",
-    "1",
-    "--model.layer_pattern",
-    "dense",
-    "--model.hidden_size",
-    "16",
-    "--model.head_dim",
-    "8",
-    "--model.mlp_size",
-    "16",
-    "--model.key_conv_width",
-    "0",
-    "--data.sequence_length",
-    "32",
-    "--data.batch_size",
-    "2",
-    "--data.num_pairs",
-    "4",
-    "--train.steps",
-    "3",
-    "--train.no_tensorboard",
-    "--train.evaluate_batches",
-    "1",
-    "--train.log_every",
-    "1",
-]
+MICRO = {
+    "model.num_layers": 1,
+    "model.layer_pattern": "dense",
+    "model.hidden_size": 16,
+    "model.head_dim": 8,
+    "model.mlp_size": 16,
+    "model.key_conv_width": 0,
+    "data.sequence_length": 32,
+    "data.batch_size": 2,
+    "data.num_pairs": 4,
+    "train.steps": 3,
+    "train.log_every": 1,
+    "train.evaluate_batches": 1,
+}
+MICRO_FLAGS = ["--train.no_tensorboard", *(f"--{name}={value}" for name, value in MICRO.items())]
 
 
 def test_no_command_lists_the_commands():
