@@ -122,7 +122,7 @@ def test_other_shape_is_an_error(tmp_path):
     save(tmp_path, 3)
     state = make_state(0)
     template = State(state.params | {"kernel": jnp.zeros((32, 64))}, state.step)
-    with pytest.raises(CheckpointError, match="params.kernel is"):
+    with pytest.raises(CheckpointError, match=r"params\.kernel is"):
         checkpoint.restore(tmp_path, template, "this run")
 
 
