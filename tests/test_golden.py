@@ -1,7 +1,7 @@
 """Numbers computed by MoBA's own published code: choices, outputs and gradients.
 
 Every `moba_*.npz` and `mobagrad_*.npz` is compared: those of tests/golden always, and those of the folder named by the
-environment variable GOLDEN_DIR (by default shared/golden beside the repository) where there is one. Sequences are packed
+environment variable GOLDEN_DIR (by default shared/golden beside the repository) if it is there. Sequences are packed
 there and the library gets them as segments. Its block ids run through a row, those of the files start at each sequence.
 """
 

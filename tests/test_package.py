@@ -1,0 +1,77 @@
+"""What the package exports, and who imports whom."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import sparse_attn
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def imports(path):
+    """Modules that a source file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def sources(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def test_the_exports_are_the_public_names_and_nothing_else():
+    public = {name for name, value in vars(sparse_attn).items() if name[0] != "_" and not inspect.ismodule(value)}
+    modules = {"reference", "theory"}
+    assert public == set(sparse_attn.__all__) - modules
+    assert sparse_attn.__all__ == sorted(sparse_attn.__all__)
+    promised = {"moba_attention", "route_moba", "block_sparse_attention", "BlockSelection", "reference"}
+    assert promised <= set(sparse_attn.__all__)
+
+
+@pytest.mark.parametrize("name", sparse_attn.__all__)
+def test_every_public_name_exists_and_says_what_it_is(name):
+    assert getattr(sparse_attn, name).__doc__
+
+
+def test_importing_the_library_loads_neither_flax_nor_pallas_nor_starts_a_backend():
+    code = """
+import sys, sparse_attn
+names = [name.split(".") for name in sys.modules]
+loaded = [name for name in names if name[0] in ("flax", "optax", "chex") or "pallas" in name]
+from jax._src import xla_bridge
+print(loaded, xla_bridge.backends_are_initialized())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[] False"
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("pallas_kernels", ("sparse_attn", "experiments", "tests", "flax", "optax", "chex")),
+        ("sparse_attn", ("experiments", "tests", "optax", "chex", "torch", "numpy.testing")),
+        ("experiments", ("torch", "tensorflow")),
+    ],
+)
+def test_imports_run_one_way(room, forbidden):
+    assert sources(room)
+    for path in sources(room):
+        for module in imports(path):
+            assert not any(module == name or module.startswith(f"{name}.") for name in forbidden), f"{path}: {module}"
+
+
+def test_flax_is_imported_under_sparse_attn_nn_alone():
+    for path in sources("sparse_attn"):
+        if "nn" not in path.relative_to(ROOT / "sparse_attn").parts:
+            for module in imports(path):
+                assert module.split(".")[0] != "flax", f"{path}: {module}"
+                assert not module.startswith("sparse_attn.nn"), f"{path}: {module}"
