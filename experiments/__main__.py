@@ -1,6 +1,7 @@
 """Command line: `python -m experiments COMMAND --help` explains every option with its unit."""
 
 import importlib
+import logging
 import sys
 
 import tyro
@@ -29,6 +30,8 @@ def main(arguments: list[str]) -> int:
         usage = "\n".join(f"  {name:10} {summary}" for name, (_, _, summary) in COMMANDS.items())
         print(f"usage: python -m experiments COMMAND [OPTIONS]\n\n{usage}\n\nOptions: python -m experiments COMMAND -h")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("experiments").setLevel(logging.INFO)
     module, function, _ = COMMANDS[arguments[0]]
     command = getattr(importlib.import_module(module), function)
     try:

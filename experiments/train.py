@@ -74,9 +74,9 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
     step, state, seconds_before = restored or (0, make_state(), 0.0)
     if restored:
         log.info("going on from step %d of %s", step, checkpoints)
-    about = _about()
+    machine = about()
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **about})
+    write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **machine})
 
     train_step = _make_train_step(config, graph)
     metrics = Metrics(run_dir, config.name, step, config.train.steps, config.train.tensorboard)
@@ -121,7 +121,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
         "evaluation": evaluation,
         "seconds": seconds_before + time.monotonic() - start,
         "steps": step,
-        "git_revision": about["git_revision"],
+        "git_revision": machine["git_revision"],
         "data": data.description,
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
@@ -159,8 +159,6 @@ def train_command(
       run_dir: directory of the run; None: runs/NAME.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    logging.getLogger("experiments").setLevel(logging.INFO)
     train(config, run_dir or Path("runs") / config.name, resume)
 
 
@@ -266,7 +264,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _about() -> dict[str, Any]:
+def about() -> dict[str, Any]:
     """The code and the machine that a run ran on."""
 
     def git(*arguments: str) -> str | None:
