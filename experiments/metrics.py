@@ -47,7 +47,7 @@ class Metrics:
                 self._board.add_scalar(key, value, step)
         rate = (step - self._first_step) / max(time.monotonic() - self._start, 1e-9)
         remaining = (self._num_steps - step) / max(rate, 1e-9)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key not in ("seconds", "epoch"))
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
         tqdm.write(
             f"{self._name}  step {step}/{self._num_steps}  {shown}  {rate:.2f} steps/s  "
             f"{tqdm.format_interval(remaining)} left"

@@ -1,15 +1,18 @@
 """Data: what the tasks ask, that batches are functions of (seed, split, step), and who stands on which side."""
 
 import dataclasses
+import doctest
 import itertools
 import json
 import sysconfig
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 from experiments.config import DataConfig
-from experiments.data import make_data
+from experiments.data import make_data, text
 from experiments.data.text import SEPARATOR, near_duplicates, python_source
 
 SMALL = DataConfig(
@@ -42,22 +45,45 @@ def test_shapes_and_ranges(config):
             assert array.max() < (data.vocab_size if name in ("tokens", "targets") else np.inf)
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_recall_asks_every_key_of_the_first_half_once_for_its_value(split):
+@hypothesis.given(
+    num_pairs=st.integers(2, 9),
+    spare_keys=st.integers(0, 5),
+    spare_tokens=st.integers(0, 11),
+    sizes=st.tuples(*[st.integers(1, 8)] * 3),
+    step=st.integers(0, 1000),
+    split=st.sampled_from(["train", "validation"]),
+)
+def test_recall_asks_every_key_of_the_first_half_once_for_its_value(
+    num_pairs, spare_keys, spare_tokens, sizes, step, split
+):
+    batch_size, num_values, num_fillers = sizes
+    config = DataConfig(
+        num_pairs=num_pairs,
+        num_keys=num_pairs + spare_keys,
+        sequence_length=4 * num_pairs + spare_tokens,
+        batch_size=batch_size,
+        num_values=num_values,
+        num_fillers=num_fillers,
+    )
+    batch = make_data(config, 0).batch(step, split)
+    for row, target in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+        is_key = [token < config.num_keys for token in row]
+        first_question = min(i for i in range(len(row)) if target[i] >= 0)
+        assert 2 * (config.sequence_length // 4) <= first_question
+        pairs = {row[i]: row[i + 1] for i in range(first_question) if is_key[i]}
+        asked = {row[i]: target[i] for i in range(first_question, len(row)) if is_key[i]}
+        assert asked == pairs
+        assert 2 <= len(pairs) <= num_pairs
+        assert split == "train" or len(pairs) == num_pairs
+        assert sum(is_key) == 2 * len(pairs) == 2 * sum(each >= 0 for each in target)
+        assert all(config.num_keys <= value < config.num_keys + num_values for value in pairs.values())
+        assert sum(token >= config.num_keys + num_values for token in row) == len(row) - 3 * len(pairs)  # filler
+
+
+def test_training_draws_every_number_of_pairs():
     data = make_data(SMALL, 0)
-    counts = set()
-    for step in range(10):
-        batch = data.batch(step, split)
-        for row, target in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
-            half = SMALL.sequence_length // 2
-            pairs = {row[i]: row[i + 1] for i in range(half) if row[i] < SMALL.num_keys}
-            asked = {row[i]: target[i] for i in range(len(row)) if target[i] >= 0}
-            assert asked == pairs
-            assert all(SMALL.num_keys <= value < SMALL.num_keys + SMALL.num_values for value in pairs.values())
-            assert sum(token < SMALL.num_keys + SMALL.num_values for token in row) == 3 * len(pairs)  # else filler
-            assert min(i for i in range(len(row)) if target[i] >= 0) >= half
-            counts.add(len(pairs))
-    assert counts == ({2, 3, 4, 5, 6} if split == "train" else {6})
+    counts = {int((row >= 0).sum()) for step in range(20) for row in data.batch(step, "train")["targets"]}
+    assert counts == {2, 3, 4, 5, 6}
 
 
 def test_needle_asks_at_the_end_and_says_how_deep_the_answer_is():
@@ -165,17 +191,21 @@ def test_shared_licences_do_not_make_duplicates():
     assert near_duplicates(documents) == list(range(60))
 
 
+def test_examples_in_docstrings():
+    assert doctest.testmod(text) == (0, 2)
+
+
 def test_documents_do_not_mix(library):
     """Segment ids and targets against a walk through the stream, token by token."""
     data = python_source(dataclasses.replace(TEXT, sequence_length=1500, batch_size=3), 0)
     batch = data.batch(0, "train")
     stream = data._streams["train"].tolist()
-    text = " ".join(map(str, stream))
+    whole = " ".join(map(str, stream))
     for tokens, targets, segments in zip(
         *(batch[k].tolist() for k in ("tokens", "targets", "segment_ids")), strict=True
     ):
         assert tokens[1:] == targets[:-1]
-        assert " ".join(map(str, [*tokens, targets[-1]])) in text
+        assert " ".join(map(str, [*tokens, targets[-1]])) in whole
         expected = [0]
         for token in tokens:
             expected.append(expected[-1] + (token == SEPARATOR))
