@@ -231,7 +231,7 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
     rng = np.random.default_rng(0)
     words = [*(f"word{i}" for i in range(50)), "naïve", "日本"]
     texts = [" ".join(rng.choice(words, 30)) for _ in range(200)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in texts))
     config = dataclasses.replace(
         SMALL,
         task="huggingface",
@@ -248,7 +248,7 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
         stream = np.array(data._streams[split])
         edges = np.flatnonzero(stream == separator)
         decoded = [tokenizer.decode(stream[a + 1 : b].tolist()) for a, b in itertools.pairwise(edges)]
-        ratios.append(sum(len(text.encode()) for text in decoded) / (len(stream) - 1))
+        ratios.append(sum(len(each.encode()) for each in decoded) / (len(stream) - 1))
         found += decoded
     assert sorted(found) == sorted(texts)
     assert data.bytes_per_token == ratios[1]
@@ -258,6 +258,11 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
     np.testing.assert_array_equal(again.batch(2, "train")["tokens"], data.batch(2, "train")["tokens"])
     with pytest.raises(ValueError, match="must hold the tokens of"):
         make_data(dataclasses.replace(config, max_bytes=10_000), 0, tmp_path / "run")
+    loaded = dataclasses.replace(config, tokenizer=str(tmp_path / "run" / "data" / "tokenizer.json"), streaming=False)
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in texts))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    same = make_data(loaded, 0, tmp_path / "loaded")
+    np.testing.assert_array_equal(same.batch(2, "train")["tokens"], data.batch(2, "train")["tokens"])
     parquet = dataclasses.replace(config, dataset="parquet", data_files=(str(_parquet(tmp_path)),))
     with pytest.raises(ValueError, match=r"text_field must be one of \['other'\]"):
         make_data(parquet, 0, tmp_path / "other")
