@@ -228,6 +228,7 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
     pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     words = [*(f"word{i}" for i in range(50)), "naïve", "日本"]
     texts = [" ".join(rng.choice(words, 30)) for _ in range(200)]
@@ -260,7 +261,6 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
         make_data(dataclasses.replace(config, max_bytes=10_000), 0, tmp_path / "run")
     loaded = dataclasses.replace(config, tokenizer=str(tmp_path / "run" / "data" / "tokenizer.json"), streaming=False)
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in texts))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     same = make_data(loaded, 0, tmp_path / "loaded")
     np.testing.assert_array_equal(same.batch(2, "train")["tokens"], data.batch(2, "train")["tokens"])
     parquet = dataclasses.replace(config, dataset="parquet", data_files=(str(_parquet(tmp_path)),))
