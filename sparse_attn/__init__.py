@@ -1,6 +1,6 @@
 """Block-sparse attention for JAX. Arrays are [batch, sequence, heads, head_dim]; sizes are counted in tokens."""
 
-from sparse_attn import reference
+from sparse_attn import reference, theory
 from sparse_attn.attention import block_sparse_attention, moba_attention, route_moba
 from sparse_attn.keys import causal_key_convolution
 from sparse_attn.merge import merge_partials
@@ -16,4 +16,5 @@ __all__ = [
     "reference",
     "route_moba",
     "sliding_window_attention",
+    "theory",
 ]
