@@ -1,0 +1,115 @@
+"""Training the variants of a study over seeds, and the file in which a study keeps its numbers."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.config import RunConfig
+from experiments.metrics import write_json
+from experiments.train import about, train
+from sparse_attn.nn import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model that differs from the study's base run in its attention alone."""
+
+    name: str
+    """Part of the run directory's name."""
+    label: str
+    """Name in plots and tables."""
+    model: TransformerConfig
+
+    def describe(self) -> dict[str, Any]:
+        """What a report needs to know of it."""
+        kind = "moba" if "moba" in self.model.layer_pattern else "dense"
+        return {
+            "name": self.name,
+            "label": self.label,
+            "kind": kind,
+            "block_size": self.model.block_size if kind == "moba" else None,
+            "top_k": self.model.top_k if kind == "moba" else None,
+            "key_conv_width": self.model.key_conv_width,
+        }
+
+
+def dense(model: TransformerConfig) -> Variant:
+    """The model with full attention in the place of MoBA, key convolution included."""
+    pattern = tuple("dense" if kind == "moba" else kind for kind in model.layer_pattern)
+    width = model.key_conv_width
+    return Variant(f"dense-conv{width}", "dense", dataclasses.replace(model, layer_pattern=pattern))
+
+
+def moba(model: TransformerConfig, block_size: int, top_k: int, key_conv_width: int | None = None) -> Variant:
+    """The model with other blocks, and another width of the key convolution if one is given."""
+    width = model.key_conv_width if key_conv_width is None else key_conv_width
+    model = dataclasses.replace(model, block_size=block_size, top_k=top_k, key_conv_width=width)
+    convolution = f", conv {width}" if width else ", no conv"
+    return Variant(f"block{block_size}-top{top_k}-conv{width}", f"B={block_size}, k={top_k}{convolution}", model)
+
+
+def train_variants(
+    base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int], out: Path, group: str, metric: str
+) -> list[dict[str, Any]]:
+    """Trains every variant with every seed, as far as that has not been done.
+
+    Args:
+      base: data, optimizer and length of the runs.
+      variants: the models.
+      seeds: seeds of parameters and training data.
+      out: directory of the preset; run NAME of seed S goes to out/group/NAME-seedS, where other studies find it too.
+      group: "recall" or "language_model".
+      metric: which number of the evaluation counts.
+
+    Returns:
+      For each variant its description, and "seeds", "values" (of the metric), "runs" (directories relative to out) and
+      "num_parameters".
+    """
+    runs = [(variant, seed) for seed in seeds for variant in variants]  # seed by seed: a stopped study has them all
+    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    for variant, seed in tqdm(runs, desc=group, unit="run"):
+        name = f"{variant.name}-seed{seed}"
+        config = dataclasses.replace(base, name=name, seed=seed, model=variant.model)
+        results[variant.name].append(train(config, out / group / name))
+    return [
+        {
+            **variant.describe(),
+            "seeds": list(seeds),
+            "values": [result["evaluation"][metric] for result in results[variant.name]],
+            "runs": [f"{group}/{variant.name}-seed{seed}" for seed in seeds],
+            "num_parameters": results[variant.name][0]["num_parameters"],
+        }
+        for variant in variants
+    ]
+
+
+def write_study(
+    out: Path, study: str, preset: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Measures and writes out/study/study.json, or returns the one that is there if it was made with the same settings.
+
+    Args:
+      out: directory of the preset.
+      study: name of the study.
+      preset: name of the preset.
+      settings: all that decides the numbers.
+      measure: does the work and returns the numbers.
+    """
+    path = out / study / "study.json"
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        there = json.loads(path.read_text())
+        if there["settings"] == settings:
+            return there
+    start = time.monotonic()
+    numbers = measure()
+    seconds = time.monotonic() - start
+    content = {"study": study, "preset": preset, "settings": settings, "about": about(), "seconds": seconds, **numbers}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return content
