@@ -65,6 +65,7 @@ CASES = (
     Case("one_kv_head", heads=3, kv_heads=1, queries=29, keys=29, block_size=5),
     Case("block_of_one", queries=12, keys=12, block_size=1, top_k=4),
     Case("one_block", queries=12, keys=12, block_size=16, top_k=1),
+    Case("many_blocks", batch=1, queries=150, keys=290, head_dim=4, kv_heads=1, block_size=2, top_k=6, exact=True),
     Case("top_k_one", top_k=1),
     Case("top_k_above_blocks", queries=20, keys=20, top_k=9),
     Case("fewer_queries", queries=13, keys=37, top_k=3),
@@ -78,6 +79,13 @@ CASES = (
     Case("all_see_all_mixed", is_causal=False, sequences="mixed", batch=3, block_size=4, heads=4),
     Case("bfloat16", dtype="bfloat16", heads=4, exact=True, queries=48, keys=48),
     Case("float16", dtype="float16", sequences="mixed", exact=True, queries=48, keys=48, block_size=4),
+)
+
+# Long enough for several chunks, steps and tiles of every loop. Too large for the oracle; exact, so that two
+# implementations must choose alike.
+LONG = tuple(
+    Case(f"long_{kind}", batch=1, queries=n, keys=4500, kv_heads=1, block_size=16, top_k=4, exact=True, sequences=kind)
+    for kind, n in (("full", 4500), ("segments", 4500), ("mixed", 2600))
 )
 
 # The sizes at which speed is promised (README). Too large for the oracle.

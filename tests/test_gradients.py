@@ -123,3 +123,16 @@ def test_gradients_are_exactly_zero_for_keys_after_the_query_S2(implementation):
     for gradient in (d_key, d_value):
         np.testing.assert_array_equal(np.asarray(gradient)[:, middle + 1 :], 0)
         assert np.abs(gradient[:, middle]).min() > 0  # every query sees itself
+
+
+@pytest.mark.parametrize("case", cases.LONG, ids=str)
+def test_long_sequences_equal_the_reference_in_choice_output_and_gradients(case):
+    arrays, sequences = cases.make_inputs(case)
+    query, key, _, _ = arrays.values()
+    chosen = {}
+    for implementation in ("reference", "xla"):
+        route = functools.partial(sparse_attn.route_moba, **case.options, implementation=implementation)
+        chosen[implementation] = jax.jit(route)(query, key, **sequences).indices
+    np.testing.assert_array_equal(chosen["xla"], chosen["reference"])
+    actual, expected = (compiled_moba(case, name)(*arrays.values(), sequences) for name in ("xla", "reference"))
+    jax.tree.map(lambda a, e: cases.assert_close(a, e, case.dtype), actual, expected)
