@@ -1,6 +1,7 @@
 """The training loop: optax on the split state of an NNX model, resumable to the bit."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from experiments.config import OptimizerConfig, RunConfig, fingerprint, from_dic
 from experiments.data import make_data
 from experiments.evaluate import evaluate
 from experiments.metrics import Metrics, write_json
-from sparse_attn.nn import Transformer
+from sparse_attn.nn import Transformer, TransformerConfig
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +70,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
             f"model.vocab_size={config.model.vocab_size}"
         )
     identity = _identity(config, data.description)
-    graph, make_state = _init(config)
-    restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state), identity)
-    step, state, seconds_before = restored or (0, make_state(), 0.0)
+    graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps)
+    restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state, config.seed), identity)
+    step, state, seconds_before = restored or (0, make_state(config.seed), 0.0)
     if restored:
         log.info("going on from step %d of %s", step, checkpoints)
     machine = about()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **machine})
 
-    train_step = _make_train_step(config, graph)
     metrics = Metrics(run_dir, config.name, step, config.train.steps, config.train.tensorboard)
     start = logged_at = time.monotonic()
     logged_step = step
@@ -141,9 +141,9 @@ def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
         raise ValueError(f"run_dir must be the directory of a run, got run_dir={run_dir} without config.json")
     saved = json.loads(path.read_text())
     config = from_dict(saved["config"])
-    graph, make_state = _init(config)
+    graph, make_state, _ = _compile(config.model, config.optimizer, config.train.steps)
     identity = _identity(config, saved["data"])
-    restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state), identity)
+    restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state, config.seed), identity)
     if restored is None:
         raise ValueError(f"run_dir must be the directory of a run with a checkpoint, got run_dir={run_dir}")
     return config, nnx.merge(graph, restored[1].params)
@@ -179,22 +179,22 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam), schedule
 
 
-def _init(config: RunConfig) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
-    optimizer, _ = make_optimizer(config.optimizer, config.train.steps)
+@functools.cache  # the runs of a study that differ in their seed alone compile once
+def _compile(
+    model: TransformerConfig, optimizer_config: OptimizerConfig, steps: int
+) -> tuple[nnx.GraphDef, Callable[[int], TrainState], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
+    """The structure of the model, the state from a seed, and one step: `state, measured = train_step(state, batch)`."""
+    optimizer, schedule = make_optimizer(optimizer_config, steps)
 
-    def make_model() -> Transformer:
-        return Transformer(config.model, rngs=nnx.Rngs(params=config.seed))
+    def make_model(seed: int | jax.Array) -> Transformer:
+        return Transformer(model, rngs=nnx.Rngs(params=jax.random.key(seed)))
 
     @jax.jit
-    def make_state() -> TrainState:
-        params = nnx.state(make_model(), nnx.Param)
+    def make_state(seed: int | jax.Array) -> TrainState:
+        params = nnx.state(make_model(seed), nnx.Param)
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    return nnx.split(nnx.eval_shape(make_model))[0], make_state
-
-
-def _make_train_step(config: RunConfig, graph: nnx.GraphDef) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    optimizer, schedule = make_optimizer(config.optimizer, config.train.steps)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(0)))
 
     def mean_loss(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = nnx.merge(graph, params)(batch["tokens"], batch.get("segment_ids"))  # [batch, sequence, vocab_size]
@@ -216,7 +216,7 @@ def _make_train_step(config: RunConfig, graph: nnx.GraphDef) -> Callable[..., tu
         }
         return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), measured
 
-    return jax.jit(train_step, donate_argnums=0)
+    return graph, make_state, jax.jit(train_step, donate_argnums=0)
 
 
 def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:

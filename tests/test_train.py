@@ -180,8 +180,8 @@ def test_step_is_adamw_on_the_mean_over_targets():
     """The first step against one written out: gradient of the mean, clipped, AdamW with decay of matrices alone."""
     optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
     config = dataclasses.replace(MICRO, model=DENSE, optimizer=optimizer)
-    graph, make_state = training._init(config)
-    state = make_state()
+    graph, make_state, train_step = training._compile(config.model, config.optimizer, config.train.steps)
+    state = make_state(config.seed)
     batch = make_data(config.data, config.seed).batch(0, "train")
 
     def loss(params):
@@ -200,7 +200,7 @@ def test_step_is_adamw_on_the_mean_over_targets():
         return param - 0.1 * (gradient / (abs(gradient) + 1e-8) + decay * param)
 
     expected = jax.tree.map_with_path(move, params, gradient)
-    new, measured = training._make_train_step(config, graph)(state, batch)
+    new, measured = train_step(state, batch)
     np.testing.assert_allclose(measured["loss"], value, rtol=1e-5)
     # The first step of Adam is the sign of the gradient: near zero it is ill-conditioned, so a few may differ.
     close = jax.tree.map(lambda a, b: np.isclose(a, b, atol=1e-3).mean(), new.params, expected)

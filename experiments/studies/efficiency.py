@@ -1,0 +1,206 @@
+"""Time and memory over sequence length, against dense attention: ratios measured in turns in one process."""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.metrics import write_json
+from experiments.studies.variants import write_study
+from experiments.train import about
+from sparse_attn import moba_attention
+
+if TYPE_CHECKING:
+    from experiments.configs import Preset
+
+_REST = 0.05  # seconds between measurements: other libraries' threads go on spinning for a while after a call
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficiencyConfig:
+    """What is timed. Dense attention holds a table of queries x keys, so it stops at a length of its own."""
+
+    sequence_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    """Sequence lengths (tokens)."""
+    longest_dense: int = 16384
+    """Longest forward pass of dense attention (tokens)."""
+    longest_dense_backward: int = 8192
+    """Longest forward and backward pass of dense attention (tokens)."""
+    batch_size: int = 1
+    """Sequences (sequences)."""
+    num_heads: int = 2
+    """Query, key and value heads (heads)."""
+    head_dim: int = 64
+    """Channels of a head (channels)."""
+    block_size: int = 64
+    """Keys in a block (tokens)."""
+    top_k: int = 8
+    """Blocks that a query attends (blocks)."""
+    dtype: str = "float32"
+    """Type of queries, keys and values (a name)."""
+    repeats: int = 7
+    """Measurements of each contestant (calls)."""
+    torch: bool = True
+    """Whether to time the forward pass of PyTorch's scaled_dot_product_attention too, where PyTorch is installed (on a
+    CPU, in float32)."""
+
+
+def run(preset: "Preset", out: Path) -> dict[str, Any]:
+    """Measures the preset's lengths; writes efficiency/study.json."""
+    settings = dataclasses.asdict(preset.efficiency)
+    return write_study(out, "efficiency", preset.name, settings, lambda: measure(preset.efficiency))
+
+
+def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: Path | None = None) -> None:
+    """Prints time and memory of MoBA, routing included, beside dense attention's, and the machine they were taken on.
+
+    Args:
+      config: what is timed.
+      out: JSON file to write the numbers to as well.
+    """
+    numbers = {"settings": dataclasses.asdict(config), "about": about(), **measure(config)}
+    print(table(numbers))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, numbers)
+
+
+def measure(config: EfficiencyConfig) -> dict[str, Any]:
+    """A row for each length and pass: medians and interquartile ranges (ms), ratios of medians, compiled memory (MiB).
+
+    Arithmetic counted as useful: 4 d for each (query, key) that the pass must look at (2 products of 2 d), times 3.5
+    with the backward pass (7 products instead of 2); for MoBA all keys of the chosen blocks.
+    """
+    rows = []
+    for length in tqdm(config.sequence_lengths, desc="efficiency", unit="length"):
+        for is_training in (False, True):
+            rows.append(_measure_row(config, length, is_training))
+    return {"rows": rows, "machine": _describe_machine()}
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The rows as text, the machine below."""
+
+    def show(value: float | None, spread: float | None = None) -> str:
+        return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
+
+    head = (
+        "tokens",
+        "pass",
+        "moba ms",
+        "dense ms",
+        "torch ms",
+        "x dense",
+        "x torch",
+        "moba MiB",
+        "dense MiB",
+        "GFLOP/s",
+    )
+    lines = [head]
+    for row in numbers["rows"]:
+        times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in ("moba", "dense", "torch")]
+        ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
+        memory = [show(row["moba_temp_mib"]), show(row["dense_temp_mib"]), show(row["achieved_gflops"])]
+        lines.append((str(row["sequence_length"]), row["pass"], *times, *ratios, *memory))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    machine = ", ".join(f"{key} {value}" for key, value in {**numbers["machine"], **numbers["about"]}.items())
+    return f"{text}\n\nms: median ± half the interquartile range. MiB: temporary memory as compiled.\n{machine}"
+
+
+def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> dict[str, Any]:
+    shape = (config.batch_size, length, config.num_heads, config.head_dim)
+    inputs = [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
+    attention = {"moba": functools.partial(moba_attention, block_size=config.block_size, top_k=config.top_k)}
+    if length <= (config.longest_dense_backward if is_training else config.longest_dense):
+        attention["dense"] = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    calls: dict[str, Callable[[], Any]] = {}
+    memory: dict[str, float] = {}
+    for name, function in attention.items():
+        compiled = jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
+        calls[name] = functools.partial(_call, compiled, inputs)
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
+    if config.torch and is_comparable and importlib.util.find_spec("torch"):
+        calls["torch"] = _torch_call(inputs)
+    times = _time_in_turns(calls, config.repeats)
+    median = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
+    spread = {name: float(np.subtract(*np.percentile(seconds, [75, 25]))) * 1e3 for name, seconds in times.items()}
+
+    blocks = np.minimum(np.arange(length) // config.block_size + 1, config.top_k)  # chosen by each query
+    pairs = config.batch_size * config.num_heads * float(blocks.sum()) * config.block_size
+    flops = 4 * config.head_dim * pairs * (3.5 if is_training else 1)
+    row = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
+    for name in ("moba", "dense", "torch"):
+        row |= {f"{name}_ms": median.get(name), f"{name}_iqr_ms": spread.get(name)}
+    for name in ("dense", "torch"):
+        row[f"speedup_over_{name}"] = median[name] / median["moba"] if name in median else None
+    row |= {f"{name}_temp_mib": memory.get(name) for name in ("moba", "dense")}
+    return row | {"achieved_gflops": flops / median["moba"] / 1e6}
+
+
+def _with_backward(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    def loss(*inputs: jax.Array) -> jax.Array:
+        return function(*inputs).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def _call(compiled: Callable[..., Any], inputs: list[jax.Array]) -> None:
+    jax.block_until_ready(compiled(*inputs))
+
+
+def _torch_call(inputs: list[jax.Array]) -> Callable[[], Any]:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    tensors = [torch.from_numpy(np.array(array)).transpose(1, 2).contiguous() for array in inputs]
+    return functools.partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=True)
+
+
+def _time_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, measured a b c a b c ..., so that a slow moment of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        for name, call in calls.items():
+            time.sleep(_REST)
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _describe_machine() -> dict[str, Any]:
+    """The processor, and what it reaches in one large float32 product: the ceiling of everything above."""
+    size = 2048
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    seconds = _time_in_turns({"product": functools.partial(_call, product, [matrix, matrix])}, 7)["product"]
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
+        if cpu.exists()
+        else []
+    )
+    machine = {
+        "cpu_model": names[0] if names else platform.processor(),
+        "matmul_gflops": round(2 * size**3 / float(np.median(seconds)) / 1e9),
+    }
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        machine |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+    return machine
