@@ -8,7 +8,7 @@ from experiments.config import RunConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig
 
-PresetName = Literal["tiny", "small", "paper_340m", "paper_1b"]
+PresetName = Literal["tiny", "small", "paper-340m", "paper-1b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Preset:
     """The studies at one scale. In every list of (block_size, top_k) the product is the same: an equal budget."""
 
     name: PresetName
-    """Name of its file."""
+    """Name of its file, with - for _."""
     description: str
     """Scale and hardware, in a sentence."""
     recall: RunConfig
@@ -57,4 +57,4 @@ def load_preset(name: PresetName) -> Preset:
     """
     if name not in get_args(PresetName):
         raise ValueError(f"preset must be one of {get_args(PresetName)}, got {name!r}")
-    return importlib.import_module(f"experiments.configs.{name}").preset()
+    return importlib.import_module(f"experiments.configs.{name.replace('-', '_')}").preset()

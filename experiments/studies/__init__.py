@@ -17,7 +17,7 @@ def study(name: StudyName, preset: str = "tiny", out: Path | None = None) -> Non
 
     Args:
       name: the study.
-      preset: scale of the study: tiny, small, paper_340m or paper_1b (a name).
+      preset: scale of the study: tiny, small, paper-340m or paper-1b (a name).
       out: directory of the preset's results; None: runs/PRESET.
     """
     from experiments.configs import load_preset
@@ -30,7 +30,7 @@ def reproduce(preset: str = "tiny", out: Path | None = None) -> None:
     """Runs every study of a preset, then writes the report. Stopped and called again, it goes on where it was.
 
     Args:
-      preset: scale of the studies: tiny, small, paper_340m or paper_1b (a name).
+      preset: scale of the studies: tiny, small, paper-340m or paper-1b (a name).
       out: directory of the results; None: runs/PRESET.
     """
     from experiments.report import write_report
