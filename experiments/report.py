@@ -20,7 +20,7 @@ img { max-width: 100%; background: #fff; border-radius: 6px; } code { font-size:
 """
 
 
-def report(out: Path) -> None:
+def report(out: Path = Path("runs/tiny")) -> None:
     """Writes the report of what the studies left in a directory.
 
     Args:

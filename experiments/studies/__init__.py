@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Literal
 
+import tyro
 from tqdm import tqdm
 
 StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency"]
@@ -12,7 +13,7 @@ StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_
 ORDER: tuple[StudyName, ...] = ("efficiency", "block_size", "key_convolution", "length", "snr", "language_model")
 
 
-def study(name: StudyName, preset: str = "tiny", out: Path | None = None) -> None:
+def study(name: tyro.conf.Positional[StudyName], preset: str = "tiny", out: Path | None = None) -> None:
     """Runs one study of a preset, as far as that has not been done.
 
     Args:
