@@ -29,7 +29,7 @@ def preset() -> Preset:
         ),
         data=DataConfig(sequence_length=64, num_keys=16, num_values=16, num_fillers=16, num_pairs=16, batch_size=48),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
-        train=TrainConfig(steps=140, log_every=20, checkpoint_every=1000, tensorboard=False),
+        train=TrainConfig(steps=220, log_every=20, checkpoint_every=1000, tensorboard=False),
     )
     language_model = RunConfig(
         model=TransformerConfig(
