@@ -59,7 +59,6 @@ print(loaded, xla_bridge.backends_are_initialized())
     [
         ("pallas_kernels", ("sparse_attn", "experiments", "tests", "flax", "optax", "chex")),
         ("sparse_attn", ("experiments", "tests", "optax", "chex", "torch", "numpy.testing")),
-        ("experiments", ("torch", "tensorflow")),
     ],
 )
 def test_imports_run_one_way(room, forbidden):
