@@ -60,6 +60,21 @@ def compare(better: Sequence[float], worse: Sequence[float]) -> tuple[Verdict, f
     return ("holds" if margin > spread and min(len(better), len(worse)) > 1 else "not shown"), margin, spread
 
 
+def compare_with_dense(dense: Sequence[float], sparse: Sequence[float]) -> tuple[Verdict, str]:
+    """Whether sparse attention is as accurate as dense: "holds", "fails" or "not shown", and the sentence that says so.
+
+    It holds if dense lies above by no more than the spread over seeds, and by no more than 0.05: a wide spread alone
+    shows nothing.
+    """
+    _, margin, spread = compare(dense, sparse)
+    numbers = f"dense lies {margin:+.3f} above it, the spread over seeds is {spread:.3f}"
+    if margin > spread:
+        return "fails", f"Dense attention is not reached: {numbers}."
+    if margin > 0.05:
+        return "not shown", f"Dense attention is neither reached nor clearly missed: {numbers}."
+    return "holds", f"Dense attention is reached: {numbers} (at most 0.05 below counts as reached)."
+
+
 def show(values: Sequence[float]) -> str:
     """Mean and range over seeds."""
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
@@ -124,21 +139,18 @@ def _judge_key_convolution(study: Study) -> Judgement:
     best = max(widths, key=lambda width: np.mean(widths[width]))
     verdict, margin, spread = compare(widths[best], none)
     ours = "; ".join(f"width {width}: {show(values)}" for width, values in sorted({0: none, **widths}.items()))
-    words = f"The best width, {best}, gains {margin:+.3f} over none; the seeds spread {spread:.3f}."
+    gains = {width: compare(values, none) for width, values in sorted(widths.items())}
+    words = f"Width {best}, the best of those tried, gains {margin:+.3f} over none; the seeds spread {spread:.3f}. "
+    words += " ".join(f"Width {width} alone: {found[0]} ({found[1]:+.3f})." for width, found in gains.items())
     return verdict, ours, words, _variant_rows(study)
 
 
 def _judge_dense(study: Study) -> Judgement:
     dense = next(variant["values"] for variant in study["variants"] if variant["kind"] == "dense")
     best = max((v for v in study["variants"] if v["kind"] == "moba"), key=lambda variant: np.mean(variant["values"]))
-    _, margin, spread = compare(dense, best["values"])
-    reached = margin <= spread
+    verdict, words = compare_with_dense(dense, best["values"])
     ours = f"dense {show(dense)}; best MoBA ({best['label']}) {show(best['values'])}"
-    words = (
-        f"Dense attention is {'reached' if reached else 'not reached'}: it lies {margin:+.3f} above the best MoBA, "
-        f"with a spread over seeds of {spread:.3f}."
-    )
-    return ("holds" if reached else "fails"), ours, words, []
+    return verdict, ours, words, []
 
 
 def _judge_length(study: Study) -> Judgement:
@@ -146,19 +158,14 @@ def _judge_length(study: Study) -> Judgement:
     dense = next(v for v in study["variants"] if v["kind"] == "dense")
     smallest = variants[min(variants)]
     longest = smallest["lengths"][-1]
-    _, margin, spread = compare(dense["values"], smallest["values"])
-    reached = margin <= spread
+    verdict, words = compare_with_dense(dense["values"], smallest["values"])
     ours = f"at {longest} tokens: {smallest['label']} {show(smallest['values'])}; dense {show(dense['values'])}"
-    words = (
-        f"Trained at {study['training_length']} tokens. Holds if the smallest blocks are not below dense attention at "
-        f"the longest evaluation by more than the seeds spread: dense lies {margin:+.3f} above, the spread is "
-        f"{spread:.3f}."
-    )
+    words = f"Trained at {study['training_length']} tokens, judged at the longest. {words}"
     rows = [("model", *(f"{length} tokens" for length in smallest["lengths"]))]
     for variant in study["variants"]:
         columns = zip(*variant["values_by_length"], strict=True)
         rows.append((variant["label"], *(show(column) for column in columns)))
-    return ("holds" if reached else "fails"), ours, words, rows
+    return verdict, ours, words, rows
 
 
 def _judge_language_model(study: Study) -> Judgement:
@@ -179,23 +186,40 @@ def _judge_language_model(study: Study) -> Judgement:
 
 def _judge_efficiency(study: Study) -> Judgement:
     rows = [row for row in study["rows"] if row["pass"] == "forward" and row["speedup_over_dense"]]
+    if not rows:
+        return "missing", "-", "Dense attention was not timed at any of these lengths.", []
     ratios = {row["sequence_length"]: row["speedup_over_dense"] for row in rows}
-    grows = all(np.diff([ratios[length] for length in sorted(ratios)]) > 0)
-    longest = max(ratios)
+    shortest, longest = min(ratios), max(ratios)
     ours = ", ".join(f"{ratio:.1f}x at {length}" for length, ratio in sorted(ratios.items()))
     words = (
         f"Forward, routing included, against jax.nn.dot_product_attention in the same process on "
-        f"{study['machine']['cpu_model']}. Holds in direction if the ratio grows with length and exceeds 1 at "
-        f"{longest} tokens; the paper's figure is for another machine and length."
+        f"{study['machine']['cpu_model']}. Holds in direction if the ratio is larger at the longest length "
+        f"than at the shortest, and above 1 at "
+        f"{longest} tokens; the paper's figure is for another machine and length. "
+        f"MiB: temporary memory as compiled; peak: growth of a fresh process; a large product of matrices reaches "
+        f"{study['machine']['matmul_gflops']} GFLOP/s."
     )
-    head = ("tokens", "pass", "MoBA ms", "dense ms", "ratio", "PyTorch ms", "ratio", "MoBA MiB", "dense MiB", "GFLOP/s")
+    head = (
+        "tokens",
+        "pass",
+        "MoBA ms",
+        "dense ms",
+        "ratio",
+        "PyTorch ms",
+        "ratio",
+        "MoBA MiB",
+        "dense MiB",
+        "MoBA peak",
+        "dense peak",
+        "GFLOP/s",
+    )
     names = ("moba_ms", "dense_ms", "speedup_over_dense", "torch_ms", "speedup_over_torch")
-    names = (*names, "moba_temp_mib", "dense_temp_mib", "achieved_gflops")
+    names = (*names, "moba_temp_mib", "dense_temp_mib", "moba_peak_mib", "dense_peak_mib", "achieved_gflops")
     table = [head]
     for row in study["rows"]:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in names)
         table.append((str(row["sequence_length"]), row["pass"], *numbers))
-    return ("holds" if grows and ratios[longest] > 1 else "fails"), ours, words, table
+    return ("holds" if ratios[longest] > max(1, ratios[shortest]) else "fails"), ours, words, table
 
 
 def _variant_rows(study: Study) -> list[tuple[str, ...]]:

@@ -42,9 +42,9 @@ def write_report(out: Path) -> Path:
     if not studies:
         raise ValueError(f"out must hold studies (STUDY/study.json), got out={out}")
     findings, plots = find_all(studies), draw_all(studies, out / "plots")
-    (out / "report.md").write_text(_markdown(findings, studies, plots))
+    (out / "report.md").write_text(_markdown(findings, studies, plots), encoding="utf-8")
     page = out / "report.html"
-    page.write_text(_page(findings, studies, plots))
+    page.write_text(_page(findings, studies, plots), encoding="utf-8")
     return page
 
 

@@ -82,6 +82,8 @@ def test_dense_is_reached_within_the_spread():
     near = copy.deepcopy(BLOCK_SIZE)
     near["variants"][1]["values"] = [0.9, 1.0]
     assert verdicts({"block_size": near})["Against dense attention"] == "holds"
+    near["variants"][1]["values"] = [0.4, 1.0]  # a spread so wide that it shows nothing
+    assert verdicts({"block_size": near})["Against dense attention"] == "not shown"
 
 
 def test_key_convolution_takes_the_best_width():
@@ -90,7 +92,8 @@ def test_key_convolution_takes_the_best_width():
     ]
     (finding,) = (f for f in find_all({"key_convolution": study("key_convolution", variants=widths)}) if f.ours != "-")
     assert finding.verdict == "holds"
-    assert "width, 5, gains +0.800" in finding.words
+    assert "Width 5, the best of those tried, gains +0.800" in finding.words
+    assert "Width 3 alone: holds (+0.450)" in finding.words
 
 
 def test_theory_holds_by_the_share_within_three_errors():

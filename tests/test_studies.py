@@ -153,5 +153,7 @@ def test_agreement_of_a_perfect_and_a_reversed_prediction():
 def test_budgets_must_be_equal():
     with pytest.raises(ValueError, match="block_sizes must have one product"):
         dataclasses.replace(MICRO, block_sizes=((8, 2), (4, 8)))
+    with pytest.raises(ValueError, match="key_conv_widths must hold 0"):
+        dataclasses.replace(MICRO, key_conv_widths=(3, 5))
     with pytest.raises(ValueError, match="preset must be one of"):
         load_preset("huge")

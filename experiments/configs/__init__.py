@@ -47,6 +47,10 @@ class Preset:
             budgets = {block_size * top_k for block_size, top_k in getattr(self, name)}
             if len(budgets) != 1:
                 raise ValueError(f"{name} must have one product block_size * top_k, got {sorted(budgets)}")
+        if len(self.language_model_blocks) != 2:
+            raise ValueError(f"language_model_blocks must be two, got {len(self.language_model_blocks)}")
+        if 0 not in self.key_conv_widths or len(self.key_conv_widths) < 2:
+            raise ValueError(f"key_conv_widths must hold 0 and another width, got {self.key_conv_widths}")
 
 
 def load_preset(name: PresetName) -> Preset:

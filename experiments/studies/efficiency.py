@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 import importlib.util
+import multiprocessing
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,12 +27,16 @@ from sparse_attn import moba_attention
 if TYPE_CHECKING:
     from experiments.configs import Preset
 
-_REST = 0.05  # seconds between measurements: other libraries' threads go on spinning for a while after a call
+_REST = 0.25  # seconds between measurements: the threads of other libraries go on spinning for a while after a call
 
 
 @dataclasses.dataclass(frozen=True)
 class EfficiencyConfig:
-    """What is timed. Dense attention holds a table of queries x keys, so it stops at a length of its own."""
+    """What is timed. Dense attention holds a table of queries x keys, so it stops at a length of its own.
+
+    Raises:
+      ValueError: there is nothing to time.
+    """
 
     sequence_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
     """Sequence lengths (tokens)."""
@@ -55,6 +62,13 @@ class EfficiencyConfig:
     """Whether to time the forward pass of PyTorch's scaled_dot_product_attention too, where PyTorch is installed (on a
     CPU, in float32)."""
 
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not self.sequence_lengths:
+            raise ValueError(
+                f"repeats must be at least 1 and sequence_lengths not empty, got repeats={self.repeats} and "
+                f"sequence_lengths={self.sequence_lengths}"
+            )
+
 
 def run(preset: "Preset", out: Path) -> dict[str, Any]:
     """Measures the preset's lengths; writes efficiency/study.json."""
@@ -77,7 +91,7 @@ def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: 
 
 
 def measure(config: EfficiencyConfig) -> dict[str, Any]:
-    """A row for each length and pass: medians and interquartile ranges (ms), ratios of medians, compiled memory (MiB).
+    """A row for each length and pass: medians and interquartile ranges (ms), ratios of medians, memory (MiB).
 
     Arithmetic counted as useful: 4 d for each (query, key) that the pass must look at (2 products of 2 d), times 3.5
     with the backward pass (7 products instead of 2); for MoBA all keys of the chosen blocks.
@@ -95,40 +109,33 @@ def table(numbers: dict[str, Any]) -> str:
     def show(value: float | None, spread: float | None = None) -> str:
         return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
 
-    head = (
-        "tokens",
-        "pass",
-        "moba ms",
-        "dense ms",
-        "torch ms",
-        "x dense",
-        "x torch",
-        "moba MiB",
-        "dense MiB",
-        "GFLOP/s",
-    )
+    head = ("tokens", "pass", "moba ms", "dense ms", "torch ms", "x dense", "x torch")
+    head += ("moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
     lines = [head]
     for row in numbers["rows"]:
         times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in ("moba", "dense", "torch")]
         ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
-        memory = [show(row["moba_temp_mib"]), show(row["dense_temp_mib"]), show(row["achieved_gflops"])]
-        lines.append((str(row["sequence_length"]), row["pass"], *times, *ratios, *memory))
+        memory = [show(row[f"{name}_{kind}_mib"]) for kind in ("temp", "peak") for name in ("moba", "dense")]
+        speed = row["achieved_gflops"]
+        share = f"{speed / numbers['machine']['matmul_gflops']:.0%}"
+        lines.append((str(row["sequence_length"]), row["pass"], *times, *ratios, *memory, show(speed), share))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     machine = ", ".join(f"{key} {value}" for key, value in {**numbers["machine"], **numbers["about"]}.items())
-    return f"{text}\n\nms: median ± half the interquartile range. MiB: temporary memory as compiled.\n{machine}"
+    return (
+        f"{text}\n\nms: median ± half the interquartile range. MiB: temporary memory as compiled; peak: growth of a "
+        f"fresh process by one call. % limit: of one large matrix product, matmul_gflops.\n{machine}"
+    )
 
 
 def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> dict[str, Any]:
-    shape = (config.batch_size, length, config.num_heads, config.head_dim)
-    inputs = [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
-    attention = {"moba": functools.partial(moba_attention, block_size=config.block_size, top_k=config.top_k)}
-    if length <= (config.longest_dense_backward if is_training else config.longest_dense):
-        attention["dense"] = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    inputs, attention = _draw_inputs(config, length), _contestants(config)
+    if length > (config.longest_dense_backward if is_training else config.longest_dense):
+        del attention["dense"]
     calls: dict[str, Callable[[], Any]] = {}
     memory: dict[str, float] = {}
     for name, function in attention.items():
-        compiled = jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
+        compiled = _compile(function, inputs, is_training)
         calls[name] = functools.partial(_call, compiled, inputs)
         memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
@@ -147,7 +154,42 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     for name in ("dense", "torch"):
         row[f"speedup_over_{name}"] = median[name] / median["moba"] if name in median else None
     row |= {f"{name}_temp_mib": memory.get(name) for name in ("moba", "dense")}
+    for name in ("moba", "dense"):
+        is_longest = length == max(config.sequence_lengths)  # a fresh process takes seconds to start
+        row[f"{name}_peak_mib"] = (
+            _peak_mib(config, length, is_training, name) if is_longest and name in attention else None
+        )
     return row | {"achieved_gflops": flops / median["moba"] / 1e6}
+
+
+def _contestants(config: EfficiencyConfig) -> dict[str, Callable[..., jax.Array]]:
+    return {
+        "moba": functools.partial(moba_attention, block_size=config.block_size, top_k=config.top_k),
+        "dense": functools.partial(jax.nn.dot_product_attention, is_causal=True),
+    }
+
+
+def _draw_inputs(config: EfficiencyConfig, length: int) -> list[jax.Array]:
+    shape = (config.batch_size, length, config.num_heads, config.head_dim)
+    return [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
+
+
+def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_training: bool) -> Callable[..., Any]:
+    return jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
+
+
+def _peak_mib(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float:
+    """Growth of the largest resident size of a fresh process by one call, its result included (MiB)."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_measure_peak, config, length, is_training, name).result()
+
+
+def _measure_peak(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float:
+    inputs = _draw_inputs(config, length)
+    compiled = _compile(_contestants(config)[name], inputs, is_training)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _call(compiled, inputs)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # ru_maxrss is in KiB on Linux
 
 
 def _with_backward(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:

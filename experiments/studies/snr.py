@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from experiments.data import make_data
 from experiments.studies.variants import write_study
 from experiments.train import load_run
 from sparse_attn import route_moba, theory
+from sparse_attn.nn import Transformer
 
 if TYPE_CHECKING:
     from experiments.configs import Preset
@@ -165,7 +167,7 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
     for step in range(config.evaluate_batches):
         batch = data.batch(step, "validation")
         relevant = find_values(batch["tokens"], batch["targets"])
-        for layer, (query, key) in enumerate(model.routing_inputs(batch["tokens"])):
+        for layer, (query, key) in enumerate(_routing_inputs(model, batch["tokens"])):
             layers.setdefault(layer, []).append((np.asarray(query), np.asarray(key), relevant))
     rows = []
     for layer, batches in layers.items():
@@ -188,6 +190,11 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+@nnx.jit
+def _routing_inputs(model: Transformer, tokens: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    return model.routing_inputs(tokens)
 
 
 def find_values(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
