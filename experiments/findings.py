@@ -217,7 +217,7 @@ def _judge_efficiency(study: Study) -> Judgement:
     names = (*names, "moba_temp_mib", "dense_temp_mib", "moba_peak_mib", "dense_peak_mib", "achieved_gflops")
     table = [head]
     for row in study["rows"]:
-        numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in names)
+        numbers = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in names)
         table.append((str(row["sequence_length"]), row["pass"], *numbers))
     return ("holds" if ratios[longest] > max(1, ratios[shortest]) else "fails"), ours, words, table
 

@@ -55,7 +55,7 @@ def preset() -> Preset:
         key_conv_widths=(0, 3, 5),
         lengths=(64, 128, 256, 512),
         language_model=language_model,
-        language_model_seeds=(0, 1, 2),
+        language_model_seeds=(0, 1),
         language_model_blocks=((32, 2), (8, 8)),
         snr=SnrConfig(),
         efficiency=EfficiencyConfig(sequence_lengths=(2048, 4096, 8192), longest_dense_backward=4096, repeats=3),
