@@ -112,7 +112,9 @@ def _judge_trained(study: Study) -> Judgement:
     ours = f"correlation {correlation:.2f} (ranks {ranks:.2f}), mean gap {gap:.2f}, over {len(study['trained'])} heads"
     words = (
         "Each head's measured SNR predicts its recall. Holds if the correlation over all heads is at least 0.7. The "
-        "relevant block is the one with the value to copy; a head that looks for something else has an SNR near zero."
+        "relevant block is the one with the value to copy; a head that looks for something else has an SNR near zero. "
+        "Scores are taken as normal and equally noisy. Heads of all block sizes and layers are pooled, which raises "
+        "the correlation: the gap is the stricter number."
     )
     rows = [("run", "layer", "head", "SNR", "recall predicted", "recall measured")]
     for row in study["trained"]:

@@ -53,7 +53,7 @@ def recall_at_k(snr: ArrayLike, num_blocks: ArrayLike, top_k: ArrayLike) -> jax.
 
     Given the standardised score z ~ N(sqrt(2) SNR, 1) of the relevant block, each of the others beats it independently
     with probability Phi(-z), so recall = E_z[P(Binomial(num_blocks - 1, Phi(-z)) <= top_k - 1)], by quadrature
-    to about 1e-5 in float32.
+    to about 1e-4 in float32.
 
     Args:
       snr: signal-to-noise ratio of one comparison.

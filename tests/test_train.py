@@ -171,7 +171,9 @@ def test_too_small_a_vocabulary_is_an_error(tmp_path):
 
 
 def test_loss_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_make_train_step", lambda *_: lambda state, _: (state, {"loss": np.float32("nan")}))
+    graph, make_state, _ = training._compile(DENSE, MICRO.optimizer, MICRO.train.steps)
+    compiled = graph, make_state, lambda state, _: (state, {"loss": np.float32("nan")})
+    monkeypatch.setattr(training, "_compile", lambda *_: compiled)
     with pytest.raises(FloatingPointError, match="nan at step 1"):
         train(dataclasses.replace(MICRO, model=DENSE), tmp_path)
 

@@ -169,8 +169,11 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
         relevant = find_values(batch["tokens"], batch["targets"])
         for layer, (query, key) in enumerate(_routing_inputs(model, batch["tokens"])):
             layers.setdefault(layer, []).append((np.asarray(query), np.asarray(key), relevant))
+    kinds = [kind for kind in run_config.model.layer_kinds if kind != "sliding_window"]
     rows = []
     for layer, batches in layers.items():
+        if kinds[layer] != "moba":
+            continue
         query, key, relevant = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         for head in range(query.shape[2]):
             key_head = head // (query.shape[2] // key.shape[2])
@@ -243,6 +246,8 @@ def measure_routing(
     ids = np.arange(num_blocks)
     is_other = (ids < candidates[:, None]) & (ids != block[:, None])
     difference = (hit - score)[is_other]
+    if not difference.size:
+        raise ValueError(f"block_size must leave questions another block to choose, got block_size={block_size}")
     snr = float(difference.mean() / difference.std())
     heads = (jnp.asarray(array)[:, :, None] for array in (query, key))
     indices = np.asarray(route_moba(*heads, block_size=block_size, top_k=top_k).indices)[:, 0]  # [batch, queries, k]
@@ -257,10 +262,13 @@ def measure_routing(
 
 
 def agreement(trained: list[dict[str, Any]]) -> dict[str, float | None]:
-    """How well predictions match over all heads: Pearson and rank correlation, mean absolute gap; None for under 3."""
-    if len(trained) < 3:
-        return {"correlation": None, "rank_correlation": None, "mean_absolute_gap": None}
+    """How well predictions match over all heads: Pearson and rank correlation, mean absolute gap.
+
+    None where there are fewer than three heads or nothing varies.
+    """
     measured, predicted = (np.array([row[name] for row in trained]) for name in ("recall_measured", "recall_predicted"))
+    if len(trained) < 3 or np.ptp(measured) == 0 or np.ptp(predicted) == 0:
+        return {"correlation": None, "rank_correlation": None, "mean_absolute_gap": None}
 
     def rank(values: np.ndarray) -> np.ndarray:
         return np.searchsorted(np.sort(values), values) + np.searchsorted(np.sort(values), values, "right")
