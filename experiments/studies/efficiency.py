@@ -6,7 +6,6 @@ import importlib.util
 import multiprocessing
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -178,18 +177,26 @@ def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_tra
     return jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
 
 
-def _peak_mib(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float:
-    """Growth of the largest resident size of a fresh process by one call, its result included (MiB)."""
+def _peak_mib(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float | None:
+    """Growth of the largest resident size of a fresh process by one call, its result included (MiB); Linux alone."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(_measure_peak, config, length, is_training, name).result()
 
 
-def _measure_peak(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float:
+def _measure_peak(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float | None:
     inputs = _draw_inputs(config, length)
     compiled = _compile(_contestants(config)[name], inputs, is_training)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _largest_resident_kib()
     _call(compiled, inputs)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # ru_maxrss is in KiB on Linux
+    after = _largest_resident_kib()
+    return None if before is None or after is None else (after - before) / 1024
+
+
+def _largest_resident_kib() -> int | None:
+    """From /proc: getrusage would count what the parent process held when this one was started."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _with_backward(function: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
