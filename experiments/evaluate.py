@@ -19,14 +19,13 @@ from sparse_attn.nn import Transformer
 DEPTH_BINS = 10
 
 
-def evaluate(model: Transformer, data: Data, num_batches: int, first_batch: int = 0) -> dict[str, Any]:
+def evaluate(model: Transformer, data: Data, num_batches: int) -> dict[str, Any]:
     """Evaluates a model on validation batches, at the sequence length of the data, whatever it was trained at.
 
     Args:
       model: the model.
       data: where the batches come from.
       num_batches: how many.
-      first_batch: step of the first.
 
     Returns:
       loss: mean cross-entropy of the targets (nats).
@@ -37,7 +36,7 @@ def evaluate(model: Transformer, data: Data, num_batches: int, first_batch: int 
         answer does.
     """
     losses, hits, depths = [], [], []
-    for step in tqdm(range(first_batch, first_batch + num_batches), desc="evaluate", leave=False, disable=None):
+    for step in tqdm(range(num_batches), desc="evaluate", leave=False, disable=None):
         batch = data.batch(step, "validation")
         loss, hit = _score(model, batch["tokens"], batch["targets"], batch.get("segment_ids"))
         asked = batch["targets"] >= 0

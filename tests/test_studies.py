@@ -40,7 +40,6 @@ TEXT = dataclasses.replace(
 )
 MICRO = Preset(
     name="tiny",
-    description="a test",
     recall=RECALL,
     recall_seeds=(0, 1),
     block_sizes=((8, 2), (4, 4)),

@@ -17,8 +17,6 @@ class Preset:
 
     name: PresetName
     """Name of its file, with - for _."""
-    description: str
-    """Scale and hardware, in a sentence."""
     recall: RunConfig
     """Associative recall: the run that the variants of block_size, key_convolution, length and snr start from."""
     recall_seeds: tuple[int, ...]

@@ -32,7 +32,6 @@ def preset(name: str = "paper-340m", model: TransformerConfig = MODEL, learning_
     )
     return Preset(
         name=name,
-        description="a pod of accelerators",
         recall=RunConfig(model=model, data=recall, optimizer=optimizer, train=train),
         recall_seeds=(0,),
         block_sizes=((512, 2), (256, 4), (128, 8)),

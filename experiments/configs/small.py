@@ -52,7 +52,6 @@ def preset() -> Preset:
     )
     return Preset(
         name="small",
-        description="one GPU, about an hour",
         recall=recall,
         recall_seeds=(0, 1, 2),
         block_sizes=((64, 2), (32, 4), (16, 8)),

@@ -48,7 +48,6 @@ def preset() -> Preset:
     )
     return Preset(
         name="tiny",
-        description="two CPU cores, about ten minutes",
         recall=recall,
         recall_seeds=(0, 1, 2),
         block_sizes=((8, 2), (4, 4), (2, 8)),
