@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn import reference, routing, xla
+from sparse_attn.checks import check_arrays, check_integers, check_positive
 from sparse_attn.layout import Layout, make_layout
 from sparse_attn.selection import BlockSelection
 
@@ -117,9 +118,9 @@ def route_moba(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
-    _check_positive("block_size", block_size)
-    _check_positive("top_k", top_k)
-    _check_arrays(query, {"key": key})
+    check_positive("block_size", block_size)
+    check_positive("top_k", top_k)
+    check_arrays(query, {"key": key})
     route, _ = _resolve(implementation)
     query, key = jax.lax.stop_gradient((query, key))
     query, (key,), layout = _prepare(
@@ -171,11 +172,11 @@ def block_sparse_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
-    _check_arrays(query, {"key": key, "value": value})
+    check_arrays(query, {"key": key, "value": value})
     if value.shape != key.shape:
         raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
     batch, num_queries, num_heads, head_dim = query.shape
-    _check_positive("selection.block_size", selection.block_size)
+    check_positive("selection.block_size", selection.block_size)
     indices = selection.indices
     is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
     if (
@@ -232,10 +233,10 @@ def _prepare(
     """Checks the sequence arguments, empties the padding (S7), lays out the batch and puts the keys in block order."""
     batch, num_queries = query.shape[:2]
     num_keys = key_values[0].shape[1]
-    _check_integers("query_seq_lengths", query_seq_lengths, (batch,))
-    _check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
-    _check_integers("query_segment_ids", query_segment_ids, (batch, num_queries))
-    _check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys))
+    check_integers("query_seq_lengths", query_seq_lengths, (batch,))
+    check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
+    check_integers("query_segment_ids", query_segment_ids, (batch, num_queries))
+    check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys))
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
         raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
@@ -261,34 +262,3 @@ def _zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
         return array
     is_real = jnp.arange(array.shape[1])[None, :] < seq_lengths[:, None]  # [batch, sequence]
     return jnp.where(is_real[..., None, None], array, 0)
-
-
-def _check_positive(name: str, number: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {name}={number!r}")
-
-
-def _check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
-    if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
-        raise ValueError(f"{name} must be integers of shape {shape}, got {array.dtype} of shape {array.shape}")
-
-
-def _check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
-    """Ranks, dtypes and shapes that must agree between query and keys (or values)."""
-    if query.ndim != 4:
-        raise ValueError(f"query must be [batch, queries, heads, head_dim], got query.shape={query.shape}")
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(f"query must be floating point, got query.dtype={query.dtype}")
-    if 0 in query.shape:
-        raise ValueError(f"query must not be empty, got query.shape={query.shape}")
-    batch, _, num_heads, head_dim = query.shape
-    for name, array in key_values.items():
-        if array.ndim != 4:
-            raise ValueError(f"{name} must be [batch, keys, kv_heads, head_dim], got {name}.shape={array.shape}")
-        if array.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {name}.dtype={array.dtype}")
-        if 0 in array.shape or array.shape[0] != batch or array.shape[3] != head_dim or num_heads % array.shape[2]:
-            raise ValueError(
-                f"{name} must be [{batch}, keys, kv_heads, {head_dim}] with keys at least 1 and kv_heads a divisor of "
-                f"query's {num_heads} heads, got {name}.shape={array.shape}"
-            )

@@ -1,7 +1,54 @@
 """Merging of attention over disjoint sets of keys."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, not yet divided: with logits x, m any number near max(x),
+
+    l = sum(exp(x - m)) and a = sum(exp(x - m) v). Whatever can be said as "keys with a logit and a value" is one.
+
+    Attributes:
+      maximum: m, float32 `[batch, queries, heads]`; -inf for a query without keys.
+      total: l, shaped like it.
+      accumulator: a, float32 `[batch, queries, heads, head_dim]`.
+    """
+
+    maximum: jax.Array
+    total: jax.Array
+    accumulator: jax.Array
+
+    def output(self) -> jax.Array:
+        """a / l, zero for a query without keys (S9)."""
+        total = self.total[..., None]
+        return jnp.where(total > 0, self.accumulator / jnp.where(total > 0, total, 1), 0)
+
+    def log_sum_exp(self) -> jax.Array:
+        """m + log(l), natural logarithm, -inf for a query without keys."""
+        has_keys = self.total > 0
+        return jnp.where(has_keys, self.maximum + jnp.log(jnp.where(has_keys, self.total, 1)), -jnp.inf)
+
+
+def merge(*partials: Partial) -> Partial:
+    """Attention over the union of disjoint sets of keys: all three numbers rescaled to the common maximum and added."""
+    maximum = jax.lax.stop_gradient(functools.reduce(jnp.maximum, (partial.maximum for partial in partials)))
+    reference = jnp.where(jnp.isneginf(maximum), 0, maximum)
+    total, accumulator = jnp.zeros_like(maximum), jnp.zeros_like(partials[0].accumulator)
+    for partial in partials:
+        factor = jnp.exp(partial.maximum - reference)
+        total += factor * partial.total
+        accumulator += factor[..., None] * partial.accumulator
+    return Partial(maximum, total, accumulator)
+
+
+def as_partial(output: jax.Array, log_sum_exp: jax.Array) -> Partial:
+    """Finished attention as a partial result: m the log-sum-exp, l = 1, a the output."""
+    total = jnp.where(jnp.isneginf(log_sum_exp), 0.0, 1.0).astype(log_sum_exp.dtype)
+    return Partial(log_sum_exp, total, output.astype(log_sum_exp.dtype))
 
 
 def merge_partials(outputs: jax.Array, log_sum_exp: jax.Array, *, axis: int = 0) -> tuple[jax.Array, jax.Array]:

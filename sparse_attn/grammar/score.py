@@ -1,0 +1,96 @@
+"""Score: how well query blocks match key blocks. Every score is float32 `[batch, heads, query_blocks, key_blocks]`."""
+
+import jax
+import jax.numpy as jnp
+
+from sparse_attn.grammar.describe import split_blocks
+from sparse_attn.visibility import NOWHERE, Visibility
+
+
+def dot(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Unscaled dot products of descriptions.
+
+    Args:
+      query: `[batch, query_blocks, heads, head_dim]`.
+      key: `[batch, key_blocks, kv_heads, head_dim]`; query head h meets key head h // (heads / kv_heads).
+
+    Returns:
+      float32 (float64 for float64) `[batch, heads, query_blocks, key_blocks]`.
+    """
+    batch, query_blocks, num_heads, head_dim = query.shape
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    query = query.reshape(batch, query_blocks, key.shape[2], -1, head_dim)
+    scores = jnp.einsum("bikgd,bjkd->bkgij", query.astype(dtype), key.astype(dtype), precision="highest")
+    return scores.reshape(batch, num_heads, query_blocks, -1)
+
+
+def softmax(scores: jax.Array, can_choose: jax.Array | None = None) -> jax.Array:
+    """Softmax along the key blocks; pairs that cannot be chosen get 0, and so does a row without any other.
+
+    Args:
+      scores: `[..., query_blocks, key_blocks]`.
+      can_choose: bool, broadcasts to scores. None: all.
+    """
+    if can_choose is not None:
+        scores = jnp.where(can_choose, scores, -jnp.inf)
+    largest = scores.max(-1, keepdims=True)
+    weight = jnp.exp(scores - jnp.where(jnp.isneginf(largest), 0, largest))
+    total = weight.sum(-1, keepdims=True)
+    return weight / jnp.where(total == 0, 1, total)
+
+
+def exact_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    visibility: Visibility,
+    *,
+    query_block_size: int,
+    key_block_size: int,
+    scale: float,
+    log_sum_exp: jax.Array | None = None,
+) -> jax.Array:
+    """What each pair of blocks really holds, from all its logits, one query block at a time.
+
+    Without `log_sum_exp` the largest visible logit, max(scale q k), -inf where there is none. With it the attention
+    mass, the sum of exp(scale q k - log_sum_exp of the query). Costs the full product of queries and keys in time, but
+    holds no more of it than one query block's.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`.
+      visibility: who sees whom.
+      query_block_size: tokens in a query block.
+      key_block_size: tokens in a key block.
+      scale: factor of the logits.
+      log_sum_exp: `[batch, queries, heads]`, of each query's full row of logits.
+
+    Returns:
+      float32 `[batch, heads, query_blocks, key_blocks]`.
+    """
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    key = jnp.pad(key.astype(dtype), ((0, 0), (0, -num_keys % key_block_size), (0, 0), (0, 0)))
+    position = jnp.pad(
+        visibility.position, ((0, 0), (0, -num_keys % key_block_size), (0, 0)), constant_values=NOWHERE
+    ).swapaxes(1, 2)  # [batch, kv_heads or 1, keys]
+    is_mass = log_sum_exp is not None
+    subtracted = log_sum_exp if log_sum_exp is not None else jnp.zeros((batch, num_queries, num_heads), dtype)
+
+    def score_block(block: tuple[jax.Array, ...]) -> jax.Array:
+        query, start, stop, subtracted = block  # [batch, query_block_size, ...]
+        grouped = query.reshape(batch, query_block_size, kv_heads, -1, head_dim).astype(dtype)
+        logits = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, precision="highest")
+        is_seen = (start[:, None, :, None] <= position[:, :, None]) & (position[:, :, None] < stop[:, None, :, None])
+        subtracted = subtracted.reshape(batch, query_block_size, kv_heads, -1).transpose(0, 2, 3, 1)[..., None]
+        is_seen = is_seen[:, :, None]  # [batch, kv_heads or 1, 1, t, keys]
+        shape = (batch, num_heads, query_block_size, -1, key_block_size)
+        if is_mass:
+            return jnp.where(is_seen, jnp.exp(logits - subtracted), 0).reshape(shape).sum((2, 4))
+        return jnp.where(is_seen, logits, -jnp.inf).reshape(shape).max((2, 4))  # [batch, heads, key_blocks]
+
+    blocks = [
+        split_blocks(array, query_block_size).swapaxes(0, 1)
+        for array in (query, visibility.start, visibility.stop, subtracted)
+    ]
+    return jnp.moveaxis(jax.lax.map(score_block, tuple(blocks)), 0, 2)
