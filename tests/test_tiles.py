@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from sparse_attn.grammar import rest
 from sparse_attn.merge import merge
@@ -152,7 +153,7 @@ def test_stand_ins_equal_a_dense_softmax_and_differentiate():
     expected, _ = dense(query, key, value, mask, 0.5, log_count)
     assert_close(jax.jit(attend)(query, key, value).output(), expected, "float32")
     with jax.enable_x64(True):
-        jax.test_util.check_grads(
+        check_grads(
             lambda *x: attend(*x).output(), [jnp.asarray(x, jnp.float64) for x in (query, key, value)], 1, ["rev"]
         )
 
