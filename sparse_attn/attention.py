@@ -1,7 +1,5 @@
 """The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Literal, cast, get_args
 
@@ -9,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn import reference, routing, xla
-from sparse_attn.checks import check_arrays, check_integers, check_positive
+from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
 from sparse_attn.layout import Layout, make_layout
 from sparse_attn.selection import BlockSelection
 
@@ -172,10 +170,8 @@ def block_sparse_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
-    check_arrays(query, {"key": key, "value": value})
-    if value.shape != key.shape:
-        raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
-    batch, num_queries, num_heads, head_dim = query.shape
+    scale = check_attention(query, key, value, scale)
+    batch, num_queries, num_heads, _ = query.shape
     check_positive("selection.block_size", selection.block_size)
     indices = selection.indices
     is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
@@ -189,8 +185,6 @@ def block_sparse_attention(
             f"selection.indices must be integers of shape (batch, heads, queries, top_k) = ({batch}, {num_heads}, "
             f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
         )
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be None or a finite Python number, got scale={scale!r}")
     _, attend = _resolve(implementation)
     query, (key, value), layout = _prepare(
         query,
@@ -202,7 +196,6 @@ def block_sparse_attention(
         query_segment_ids,
         key_value_segment_ids,
     )
-    scale = head_dim**-0.5 if scale is None else float(scale)
     output, log_sum_exp = attend(query, key, value, indices, layout, scale=scale)
     return (output, log_sum_exp) if return_residual else output
 

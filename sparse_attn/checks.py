@@ -1,5 +1,6 @@
 """Bad arguments are a ValueError at trace time that names the argument, its value and what is allowed (S10)."""
 
+import math
 import numbers
 
 import jax
@@ -37,3 +38,19 @@ def check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
                 f"{name} must be [{batch}, keys, kv_heads, {head_dim}] with keys at least 1 and kv_heads a divisor of "
                 f"query's {num_heads} heads, got {name}.shape={array.shape}"
             )
+
+
+def check_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None) -> float:
+    """The arrays of one attention call and its scale. Returns the factor of the logits: 1 / sqrt(head_dim) for None."""
+    check_arrays(query, {"key": key, "value": value})
+    if value.shape != key.shape:
+        raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be None or a finite Python number, got scale={scale!r}")
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def check_same_length(query: jax.Array, key: jax.Array) -> None:
+    """Self-attention of whole sequences: as many queries as keys."""
+    if query.shape[1] != key.shape[1]:
+        raise ValueError(f"key must have as many tokens as query, {query.shape[1]}, got key.shape={key.shape}")

@@ -1,4 +1,4 @@
-"""Key-side maths: the short convolution that lets a block's mean speak for single keys."""
+"""Key-side maths: the short convolution that lets a block's mean speak for single keys, and rotary positions."""
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +58,34 @@ def _check(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> 
         raise ValueError(
             f"segment_ids must be an integer array of shape {key.shape[:2]}, got {segment_ids.dtype}{segment_ids.shape}"
         )
+
+
+def rotate(array: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding: channel pair i at position t turns by the angle t * theta^(-2 i / head_dim).
+
+    A pair is (i, i + head_dim / 2). Products of rotated queries and keys depend on the difference of positions alone,
+    so positions count along the row, packed or not. Turns add up: an array already rotated to p moves to p + t, and
+    negative positions undo a rotation. Source: RoFormer (arXiv 2104.09864), section 3.2.
+
+    Args:
+      array: `[batch, sequence, heads, head_dim]`, head_dim even.
+      theta: base of the wavelengths.
+      positions: `[batch or 1, sequence]`, integers. None: 0, 1, 2, ... along the row.
+
+    Returns:
+      Array of the same shape and dtype; the arithmetic is float32 (float64 stays float64).
+
+    Raises:
+      ValueError: head_dim is odd.
+    """
+    num_tokens, head_dim = array.shape[1], array.shape[3]
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim=}")
+    dtype = jnp.promote_types(array.dtype, jnp.float32)
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    positions = jnp.arange(num_tokens)[None] if positions is None else positions
+    angle = positions.astype(dtype)[:, :, None, None] * frequency[None, None, None]  # [batch or 1, sequence, 1, pairs]
+    cosine, sine = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(array.astype(dtype), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return turned.astype(array.dtype)

@@ -62,3 +62,18 @@ def visible_blocks(visibility: Visibility, query_block_size: int, key_block_size
     nearest, farthest = ends(position, position < NOWHERE, key_block_size)  # [batch, key_blocks, kv_heads or 1]
     nearest, farthest = (array.swapaxes(1, 2)[:, :, None, :] for array in (nearest, farthest))
     return (nearest <= last[:, None]) & (first[:, None] <= farthest)
+
+
+def zero_unseen(
+    query: jax.Array, key: jax.Array, value: jax.Array, visibility: Visibility
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The arrays with zeros for queries that see no position and keys that stand NOWHERE, so that NaN cannot spread.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`; so is value.
+      visibility: who sees whom.
+    """
+    is_seeing = (visibility.start < visibility.stop)[..., None, None]  # [batch, queries, 1, 1]
+    is_there = (visibility.position < NOWHERE)[..., None]  # [batch, keys, kv_heads or 1, 1]
+    return jnp.where(is_seeing, query, 0), jnp.where(is_there, key, 0), jnp.where(is_there, value, 0)

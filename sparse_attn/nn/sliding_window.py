@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
+from sparse_attn.keys import rotate
 from sparse_attn.nn.attention import SelfAttention, default_kernel_init
 from sparse_attn.window import sliding_window_attention
 
@@ -65,30 +66,3 @@ class SlidingWindowAttention(SelfAttention):
     ) -> jax.Array:
         # No length is needed: padding comes after every real token, and attention is causal.
         return sliding_window_attention(query, key, value, window_size=self.window_size, segment_ids=segment_ids)
-
-
-def rotate(array: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding: channel pair i at position t turns by the angle t * theta^(-2 i / head_dim).
-
-    A pair is (i, i + head_dim / 2). Products of rotated queries and keys depend on the difference of positions alone,
-    so positions count along the row, packed or not. Source: RoFormer (arXiv 2104.09864), section 3.2.
-
-    Args:
-      array: `[batch, sequence, heads, head_dim]`, head_dim even.
-
-    Returns:
-      Array of the same shape and dtype; the arithmetic is float32 (float64 stays float64).
-
-    Raises:
-      ValueError: head_dim is odd.
-    """
-    num_tokens, head_dim = array.shape[1], array.shape[3]
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary positions, got {head_dim=}")
-    dtype = jnp.promote_types(array.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-    angle = (jnp.arange(num_tokens, dtype=dtype)[:, None] * frequency[None])[None, :, None]  # [1, sequence, 1, pairs]
-    cosine, sine = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(array.astype(dtype), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return turned.astype(array.dtype)
