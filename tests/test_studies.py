@@ -12,6 +12,7 @@ from experiments.data import make_data
 from experiments.studies import block_size, key_convolution, language_model, length, snr
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig, agreement, find_values, measure_routing, simulate
+from experiments.studies.variants import dense, train_variants
 from sparse_attn import theory
 from sparse_attn.nn import TransformerConfig
 
@@ -156,3 +157,15 @@ def test_budgets_must_be_equal():
         dataclasses.replace(MICRO, key_conv_widths=(3, 5))
     with pytest.raises(ValueError, match="preset must be one of"):
         load_preset("huge")
+
+
+def test_training_side_by_side_gives_the_same_losses(out, tmp_path):
+    variant = dense(MODEL)
+    train_variants(RECALL, [variant], (0, 1), tmp_path, "recall", "accuracy", processes=2)
+    train_variants(RECALL, [variant], (0, 1), out, "recall", "accuracy", processes=1)
+    for run in (f"{variant.name}-seed0", f"{variant.name}-seed1"):
+        losses = [
+            json.loads((folder / "recall" / run / "result.json").read_text())["evaluation"]["loss"]
+            for folder in (out, tmp_path)
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-5)  # one core may add in another order than two

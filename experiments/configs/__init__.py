@@ -39,6 +39,8 @@ class Preset:
     """Monte Carlo of the statistical model, and measurement on the recall models."""
     efficiency: EfficiencyConfig
     """Times and memory over sequence length."""
+    processes: int = 1
+    """Models that train side by side, each on an equal share of the processor cores; 1: one after the other on all."""
 
     def __post_init__(self) -> None:
         for name in ("block_sizes", "language_model_blocks"):

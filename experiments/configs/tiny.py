@@ -59,4 +59,5 @@ def preset() -> Preset:
         language_model_blocks=((32, 2), (8, 8)),
         snr=SnrConfig(),
         efficiency=EfficiencyConfig(sequence_lengths=(2048, 4096, 8192), longest_dense_backward=4096, repeats=3),
+        processes=2,
     )

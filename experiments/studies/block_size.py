@@ -15,7 +15,7 @@ def run(preset: Preset, out: Path) -> dict[str, Any]:
     variants = [moba(base.model, *blocks) for blocks in preset.block_sizes] + [dense(base.model)]
 
     def measure() -> dict[str, Any]:
-        trained = train_variants(base, variants, seeds, out, "recall", "accuracy")
+        trained = train_variants(base, variants, seeds, out, "recall", "accuracy", preset.processes)
         return {
             **describe_recall(base),
             "budget": preset.block_sizes[0][0] * preset.block_sizes[0][1],

@@ -15,7 +15,8 @@ def run(preset: Preset, out: Path) -> dict[str, Any]:
     variants = [moba(base.model, *preset.key_conv_block, width) for width in preset.key_conv_widths]
 
     def measure() -> dict[str, Any]:
-        return {**describe_recall(base), "variants": train_variants(base, variants, seeds, out, "recall", "accuracy")}
+        trained = train_variants(base, variants, seeds, out, "recall", "accuracy", preset.processes)
+        return {**describe_recall(base), "variants": trained}
 
     settings = {
         "base": to_dict(base),

@@ -29,7 +29,7 @@ def run(preset: Preset, out: Path) -> dict[str, Any]:
     )
 
     def measure() -> dict[str, Any]:
-        trained = train_variants(base, variants, seeds, out, "language_model", "bits_per_byte")
+        trained = train_variants(base, variants, seeds, out, "language_model", "bits_per_byte", preset.processes)
         return {
             "metric": "bits_per_byte",
             "higher_is_better": False,

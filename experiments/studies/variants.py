@@ -1,7 +1,10 @@
 """Training the variants of a study over seeds, and the file in which a study keeps its numbers."""
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +57,13 @@ def moba(model: TransformerConfig, block_size: int, top_k: int, key_conv_width: 
 
 
 def train_variants(
-    base: RunConfig, variants: Sequence[Variant], seeds: Sequence[int], out: Path, group: str, metric: str
+    base: RunConfig,
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    out: Path,
+    group: str,
+    metric: str,
+    processes: int,
 ) -> list[dict[str, Any]]:
     """Trains every variant with every seed, as far as that has not been done.
 
@@ -65,17 +74,21 @@ def train_variants(
       out: directory of the preset; run NAME of seed S goes to out/group/NAME-seedS, where other studies find it too.
       group: "recall" or "language_model".
       metric: which number of the evaluation counts.
+      processes: runs that train side by side, as in `Preset`.
 
     Returns:
       For each variant its description, and "seeds", "values" (of the metric), "runs" (directories relative to out) and
       "num_parameters".
     """
-    runs = [(variant, seed) for seed in seeds for variant in variants]  # seed by seed: a stopped study has them all
-    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    for variant, seed in tqdm(runs, desc=group, unit="run"):
-        name = f"{variant.name}-seed{seed}"
-        config = dataclasses.replace(base, name=name, seed=seed, model=variant.model)
-        results[variant.name].append(train(config, out / group / name))
+    runs = []  # seed by seed: a study that was stopped has something of every variant
+    for seed in seeds:
+        for variant in variants:
+            name = f"{variant.name}-seed{seed}"
+            runs.append((dataclasses.replace(base, name=name, seed=seed, model=variant.model), out / group / name))
+    if processes > 1:
+        _train_side_by_side(runs, processes, group)
+    done = [train(*run) for run in tqdm(runs, desc=group, unit="run", disable=processes > 1)]
+    results = {variant.name: done[i :: len(variants)] for i, variant in enumerate(variants)}
     return [
         {
             **variant.describe(),
@@ -86,6 +99,39 @@ def train_variants(
         }
         for variant in variants
     ]
+
+
+def _train_side_by_side(runs: Sequence[tuple[RunConfig, Path]], processes: int, group: str) -> None:
+    """Trains what is not done yet in several processes, each on its share of the cores.
+
+    Small models gain little from a second core, so two of them side by side take half the time. Ctrl-C reaches every
+    process, and each saves its run. A run that fails is left for the caller to meet.
+    """
+    waiting = [run for run in runs if not _is_done(run)]
+    context = multiprocessing.get_context("spawn")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    workers = [
+        context.Process(target=_train_share, args=(waiting[i::processes], cores[i::processes]))
+        for i in range(min(processes, len(waiting)))
+    ]
+    for worker in workers:
+        worker.start()
+    with tqdm(total=len(waiting), desc=group, unit="run") as bar:
+        while any(worker.is_alive() for worker in workers):
+            time.sleep(0.5)
+            bar.update(sum(map(_is_done, waiting)) - bar.n)
+
+
+def _is_done(run: tuple[RunConfig, Path]) -> bool:
+    return (run[1] / "result.json").exists()
+
+
+def _train_share(runs: Sequence[tuple[RunConfig, Path]], cores: Sequence[int]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)
+    with contextlib.suppress(KeyboardInterrupt):
+        for run in runs:
+            train(*run)
 
 
 def write_study(
