@@ -30,9 +30,9 @@ def make_page() -> str:
         [
             "# The systems, and what they are made of",
             "",
-            "Printed from the code by `python -m sparse_attn.systems > docs/systems.md`; a test keeps it up to date. Each",
+            "Printed from the code by `python -m sparse_attn.systems > docs/systems.md`; a test keeps it up to date. A",
             "system is one file over the parts of `sparse_attn/grammar/`: When, Order, Blocks, Describe, Score, Choose,",
-            "Attend (always exact softmax over what was chosen), Rest, Merge. Sizes of blocks are query / key tokens.",
+            "Attend (an exact softmax over what was chosen), Rest, Merge. Sizes of blocks are query / key tokens.",
             "",
             *lines,
             "",
