@@ -1,0 +1,145 @@
+"""BlockRank against loops in float64; its loss and the gradients of the loss against a dense float64 definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import block_rank
+from tests import oracle
+from tests.cases import assert_close
+
+BLOCK, BLOCKS = 6, 5  # instruction, three documents, query
+
+
+def draw(dtype=np.float32, seed=0):
+    """query, key, value, and the left-padded blocks' real tokens; the first row's second document is empty."""
+    random = np.random.default_rng(seed)
+    query = random.standard_normal((2, BLOCK * BLOCKS, 4, 8)).astype(dtype)
+    key, value = random.standard_normal((2, 2, BLOCK * BLOCKS, 2, 8)).astype(dtype)
+    lengths = np.array([[4, 6, 0, 1, 5], [6, 2, 3, 6, 4]])
+    valid = (np.arange(BLOCK) >= BLOCK - lengths[..., None]).reshape(2, -1)
+    return query, key, value, valid
+
+
+def expected_mask(valid):
+    """bool [batch, heads, tokens, tokens] by the rules, pair by pair."""
+    mask = np.zeros((2, 4, BLOCK * BLOCKS, BLOCK * BLOCKS), bool)
+    for row, t, s in np.ndindex(2, *mask.shape[2:]):
+        reads = s // BLOCK in (0, t // BLOCK) or t // BLOCK == BLOCKS - 1
+        mask[row, :, t, s] = reads and s <= t and valid[row, t] and valid[row, s]
+    return mask
+
+
+def labels():
+    """The first row's answer starts two tokens before the end, the second row's three."""
+    array = np.full((2, BLOCK * BLOCKS), block_rank.IGNORED_LABEL, np.int32)
+    array[0, -2:], array[1, -3:] = 7, 0
+    return array
+
+
+def test_attention_equals_loops_with_gradients(strict_ranks):
+    query, key, value, valid = draw()
+    d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
+
+    def attend(query, key, value):
+        return block_rank.attention(query, key, value, valid, block_size=BLOCK, scale=0.7)
+
+    output, pullback = jax.vjp(jax.jit(attend), query, key, value)
+    expected, gradients = oracle.attention(query, key, value, expected_mask(valid), scale=0.7, d_output=d_output)
+    for actual, wanted in zip((output, *pullback(d_output)), (expected, *gradients), strict=True):
+        assert_close(actual, wanted, "float32")
+
+
+def test_dtype_padding_and_rows():
+    query, key, value, valid = draw(jnp.bfloat16)
+    attend = jax.jit(functools.partial(block_rank.attention, block_size=BLOCK))
+    output = attend(query, key, value, valid)
+    assert output.dtype == jnp.bfloat16
+    assert_close(output, oracle.attention(query, key, value, expected_mask(valid)), "bfloat16")
+    for array in (query, key, value):
+        array[~valid] = np.nan
+        array[0, :BLOCK] = 7
+    np.testing.assert_array_equal(attend(query, key, value, valid)[1], output[1])
+
+
+def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0.05, xp=np):
+    """Logits of documents and loss, densely, row by row; xp is NumPy, or JAX to be differentiated."""
+    documents, losses = [], []
+    for row, chosen in enumerate(positives):
+        mass = 0
+        first = next(t for t in range(labels.shape[1] - num_last, labels.shape[1]) if labels[row, t] != -100)
+        for head in range(4):
+            for t in (first - 1, first):
+                seen = [s for s in range(BLOCK, BLOCK * (BLOCKS - 1)) if mask[row, head, t, s]]
+                weight = xp.exp(8**-0.5 * key[row, np.array(seen), head // 2] @ query[row, t, head])
+                in_document = np.array([[s // BLOCK == 1 + n for s in seen] for n in range(BLOCKS - 2)])
+                mass += in_document @ weight / weight.sum() / 8
+        documents.append(mass / temperature)
+        exponential = xp.exp(documents[-1])
+        losses += [xp.log(exponential.sum() / sum(exponential[n] for n in chosen))] if chosen else []
+    return xp.stack(documents), sum(losses) / len(losses)
+
+
+def compute(query, key, valid, positives, num_last=4):
+    logits = block_rank.last_query_logits(query, key, valid, block_size=BLOCK, num_last_queries=num_last)
+    documents = block_rank.document_logits(logits, labels(), block_size=BLOCK)
+    return documents, block_rank.auxiliary_loss(documents, positives)
+
+
+@pytest.mark.parametrize("positives", [[[0, 2], [1]], [[2], []]])
+def test_documents_loss_and_its_gradients(positives, strict_ranks):
+    query, key, _, valid = draw()
+    mask = expected_mask(valid)
+    padded = np.array([row + [-1] * (3 - len(row)) for row in positives], np.int32)
+    documents, loss = jax.jit(compute, static_argnums=4)(query, key, valid, padded)
+    expected = definition(query.astype(np.float64), key.astype(np.float64), mask, labels(), positives)
+    assert_close(documents, expected[0], "float32")
+    assert_close(loss, expected[1], "float32")
+    gradients = jax.jit(jax.grad(lambda *x: compute(*x, valid, padded)[1], (0, 1)))(query, key)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        wanted = jax.jit(
+            jax.grad(lambda *x: definition(*x, mask, labels(), positives, xp=jnp)[1], (0, 1)),
+        )(query.astype(np.float64), key.astype(np.float64))
+    for actual, one in zip(gradients, wanted, strict=True):
+        assert_close(actual, one, "float32")
+
+
+def test_logits_are_those_of_the_last_queries():
+    query, key, _, valid = draw()
+    logits = block_rank.last_query_logits(query, key, valid, block_size=BLOCK, num_last_queries=99, scale=0.5)
+    expected = 0.5 * np.einsum("bthd,bshd->bhts", query[:, -BLOCK:], key.repeat(2, 2), dtype=np.float64)
+    seen = expected_mask(valid)[:, :, -BLOCK:]
+    np.testing.assert_array_equal(np.isneginf(logits), ~seen)
+    assert_close(np.where(seen, logits, 0), np.where(seen, expected, 0), "float32")
+
+
+def test_missing_signal_tokens_are_nan_and_numbers_of_no_document_are_padding():
+    query, key, _, valid = draw()
+    documents, _ = compute(query, key, valid, np.array([[0], [1]], np.int32), num_last=3)
+    assert not np.isnan(documents[0]).any()
+    assert np.isnan(documents[1]).all()  # the label stands first among three, without the token before
+    first, second = (block_rank.auxiliary_loss(documents[:1], np.array([x], np.int32)) for x in ([1, 3, -1], [1, 1, 1]))
+    assert first == second > 0
+
+
+def test_bad_arguments_are_named():
+    query, key, value, valid = draw()
+    for name, call in {
+        "block_size": lambda: block_rank.attention(query, key, value, valid, block_size=7),
+        "is_valid": lambda: block_rank.attention(query, key, value, valid[:, 1:], block_size=BLOCK),
+        "key must have": lambda: block_rank.attention(query, key[:, 6:], value[:, 6:], valid, block_size=BLOCK),
+        "num_last_queries": lambda: block_rank.last_query_logits(
+            query, key, valid, block_size=BLOCK, num_last_queries=0
+        ),
+        "labels": lambda: block_rank.document_logits(np.zeros((2, 4, 3, 30)), labels()[:, 1:], block_size=BLOCK),
+        "3 blocks": lambda: block_rank.document_logits(np.zeros((2, 4, 3, 30)), labels(), block_size=15),
+        "temperature": lambda: block_rank.document_logits(
+            np.zeros((2, 4, 3, 30)), labels(), block_size=BLOCK, temperature=0
+        ),
+        "positives": lambda: block_rank.auxiliary_loss(np.zeros((2, 3)), np.zeros((2, 1))),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            call()
