@@ -32,7 +32,7 @@ def make_page() -> str:
             "",
             "Printed from the code by `python -m sparse_attn.systems > docs/systems.md`; a test keeps it up to date. A",
             "system is one file over the parts of `sparse_attn/grammar/`: When, Order, Blocks, Describe, Score,",
-            "Choose, Attend (an exact softmax over what was chosen), Rest, Merge. Sizes of blocks are query / key tokens.",
+            "Choose, Attend (an exact softmax over the choice), Rest, Merge. Sizes of blocks are query / key tokens.",
             "",
             *lines,
             "",
