@@ -50,7 +50,8 @@ def check_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: f
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def check_same_length(query: jax.Array, key: jax.Array) -> None:
-    """Self-attention of whole sequences: as many queries as keys."""
+def check_self_attention(query: jax.Array, key: jax.Array) -> None:
+    """The queries and keys of whole sequences: as many of the one as of the other."""
+    check_arrays(query, {"key": key})
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"key must have as many tokens as query, {query.shape[1]}, got key.shape={key.shape}")

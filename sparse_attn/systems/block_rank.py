@@ -7,8 +7,6 @@ in the attention of the query's last tokens (`last_query_logits`, `document_logi
 right documents by `auxiliary_loss`, which the authors weigh 0.1 beside the language model's loss. Positions are the
 caller's: counted anew from the end of the instruction in every document, they make the order of documents irrelevant.
 
-Defaults: blocks of 160 tokens, the last 16 queries, temperature 0.05.
-
 Where code and paper disagree, the authors' code (nilesh2797/BlockRank at c6ddbf9) is followed: the temperature is 0.05
 (the code's docstring names 0.1), and two signal tokens speak, the first answer token and the one before it. Corrected:
 padded queries give zeros (the authors': a uniform average), a row without any positive document is left out of the loss
@@ -18,7 +16,7 @@ padded queries give zeros (the authors': a uniform average), a row without any p
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive, check_same_length
+from sparse_attn.checks import check_attention, check_integers, check_positive, check_self_attention
 from sparse_attn.grammar import score
 from sparse_attn.selection import LevelMap
 from sparse_attn.systems.recipe import Recipe
@@ -35,23 +33,16 @@ RECIPE = Recipe(
     is_trainable=True,
 )
 
-IGNORED_LABEL = -100
-
 
 def select(query: jax.Array, key: jax.Array, *, block_size: int = 160) -> LevelMap:
-    """Instruction and own block for every block, all for the last; alike for all rows and heads.
-
-    Args: those of `attention`.
-    """
-    check_arrays(query, {"key": key})
-    check_same_length(query, key)
+    """Instruction and own block for every block, all for the last; in all rows and heads. Args: as in `attention`."""
+    check_self_attention(query, key)
     check_positive("block_size", block_size)
     batch, num_tokens, num_heads, _ = query.shape
     if num_tokens % block_size:
         raise ValueError(f"block_size must divide the {num_tokens} tokens of query, got block_size={block_size}")
     block = jnp.arange(num_tokens // block_size)
-    query_block, key_block = block[:, None], block[None]
-    chosen = (key_block == 0) | (key_block == query_block) | (query_block == block.size - 1)
+    chosen = (block[None] == 0) | (block[None] == block[:, None]) | (block[:, None] == block.size - 1)
     levels = jnp.broadcast_to(chosen.astype(jnp.int8), (batch, num_heads, *chosen.shape))
     return LevelMap(levels, block_size, block_size)
 
@@ -119,14 +110,12 @@ def last_query_logits(
 def document_logits(
     logits: jax.Array, labels: jax.Array, *, block_size: int = 160, temperature: float = 0.05
 ) -> jax.Array:
-    """How much of its attention to documents the model gives to each, over the temperature.
-
-    The softmax of a signal token's logits over all tokens of documents, averaged over heads and the two signal tokens,
-    summed over the tokens of a document, divided by `temperature`.
+    """The share of attention that each document gets, over the temperature: the softmax of a signal token's logits over
+    all tokens of documents, averaged over heads and the two signal tokens, summed over the tokens of a document.
 
     Args:
       logits: of `last_query_logits`.
-      labels: int `[batch, tokens]`, IGNORED_LABEL but for the answer. Signal tokens: the first token with a label among
+      labels: int `[batch, tokens]`, -100 but for the answer. Signal tokens: the first token with a label among
         the last queries, and the one before.
       block_size, temperature: tokens in a block; above 0.
 
@@ -136,11 +125,12 @@ def document_logits(
     batch, _, num_last, num_tokens = logits.shape
     check_integers("labels", labels, (batch, num_tokens))
     check_positive("block_size", block_size)
-    if num_tokens % block_size or num_tokens < 3 * block_size:
-        raise ValueError(f"block_size must cut the {num_tokens} tokens into 3 blocks or more, got {block_size=}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature=}")
-    is_answer = labels[:, -num_last:] > IGNORED_LABEL
+    if num_tokens % block_size or num_tokens < 3 * block_size or not temperature > 0:
+        raise ValueError(
+            f"block_size must cut {num_tokens} tokens into 3 blocks or more and temperature be above 0, got "
+            f"{block_size=}, {temperature=}"
+        )
+    is_answer = labels[:, -num_last:] > -100
     first = jnp.argmax(is_answer, axis=-1)  # [batch]
     is_there = is_answer.any(-1) & (first > 0)
     signal = jnp.maximum(jnp.stack([first - 1, first], axis=-1), 0)[:, None, :, None]
@@ -156,9 +146,6 @@ def auxiliary_loss(logits: jax.Array, positives: jax.Array) -> jax.Array:
       logits: of `document_logits`, `[batch, documents]`.
       positives: int `[batch, answers]`, indices of the relevant documents from 0; any other number is padding. Rows
         without a positive are left out of the mean.
-
-    Returns:
-      float32 scalar, at least 0.
     """
     batch, num_documents = logits.shape
     if positives.ndim != 2:

@@ -35,7 +35,7 @@ def expected_mask(valid):
 
 def labels():
     """The first row's answer starts two tokens before the end, the second row's three."""
-    array = np.full((2, BLOCK * BLOCKS), block_rank.IGNORED_LABEL, np.int32)
+    array = np.full((2, BLOCK * BLOCKS), -100, np.int32)
     array[0, -2:], array[1, -3:] = 7, 0
     return array
 
