@@ -1,0 +1,82 @@
+"""TidalDecode against a NumPy walk through the layers in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import tidal_decode
+from tests import oracle
+from tests.cases import assert_close
+
+OPTIONS = {"top_k": 5, "first_selecting_layer": 1, "correction_layer": 3}
+
+
+def draw(dtype=np.float32, seed=0):
+    """Five layers of one decoding step, 17 keys."""
+    random = np.random.default_rng(seed)
+    query = random.standard_normal((5, 2, 1, 4, 8)).astype(dtype)
+    return query, *random.standard_normal((2, 5, 2, 17, 2, 8)).astype(dtype)
+
+
+@functools.cache
+def layer(number):
+    return jax.jit(functools.partial(tidal_decode.attention, layer=number, **OPTIONS))
+
+
+def walk(query, key, value):
+    """Outputs and masks of all layers."""
+    selection, outputs, masks = None, [], []
+    for number in range(5):
+        output, selection = layer(number)(query[number], key[number], value[number], selection)
+        outputs.append(output)
+        masks.append(None if selection is None else selection.to_mask())
+    return outputs, masks
+
+
+def test_layers_equal_loops(strict_ranks):
+    query, key, value = draw()
+    outputs, masks = walk(query, key, value)
+    assert masks[0] is None
+    everything = listed = np.ones((2, 4, 1, 17), bool)
+    for number in range(5):
+        if number in (1, 3):
+            listed = np.zeros_like(everything)
+            for b, h in np.ndindex(2, 4):
+                logits = key[number, b, :, h // 2].astype(np.float64) @ query[number, b, 0, h]
+                listed[b, h, 0, np.argsort(-logits)[:5]] = True
+        mask = listed if number in (2, 4) else everything
+        assert_close(outputs[number], oracle.attention(query[number], key[number], value[number], mask), "float32")
+        if number:
+            np.testing.assert_array_equal(masks[number], listed)
+
+
+def test_dtype_and_rows():
+    query, key, value = draw(jnp.bfloat16)
+    outputs, masks = walk(query, key, value)
+    assert outputs[0].dtype == outputs[2].dtype == jnp.bfloat16
+    expected = oracle.attention(query[2], key[2], value[2], np.asarray(masks[2]))
+    assert_close(outputs[2], expected, "bfloat16")
+    for array in (query, key, value):
+        array[:, 0] = np.nan
+    for one, other in zip(walk(query, key, value)[0], outputs, strict=True):
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_ties_go_to_the_earlier_key_and_short_caches_are_read_whole():
+    query = np.ones((1, 1, 1, 2), np.float32)
+    key = np.array([[0, 0], [1, 1], [2, 0], [-0.0, 0], [1, 1]], np.float32)[None, :, None]
+    assert tidal_decode.select(query, key, top_k=4).indices.tolist() == [[[[1, 2, 4, 0]]]]
+    assert tidal_decode.select(query, key, top_k=7).indices.tolist() == [[[[1, 2, 4, 0, 3, -1, -1]]]]
+
+
+def test_bad_arguments_are_named():
+    query, key, value = (array[0] for array in draw())
+    with pytest.raises(ValueError, match="selection must be"):
+        tidal_decode.attention(query, key, value, None, layer=5)
+    with pytest.raises(ValueError, match="query must be one token"):
+        tidal_decode.attention(query.repeat(2, 1), key, value, None, layer=2)
+    with pytest.raises(ValueError, match="top_k"):
+        tidal_decode.attention(query, key, value, None, layer=2, top_k=0)
