@@ -144,7 +144,7 @@ def test_the_transformer_works_from_linen():
 def test_parameters_are_sharded_as_their_axes_are_named():
     """On a mesh of two devices, which needs a process of its own."""
     program = """
-        import dataclasses
+        import dataclasses, functools
         import jax, numpy as np
         from flax import nnx
         from jax.sharding import AxisType, PartitionSpec as P
@@ -161,6 +161,8 @@ def test_parameters_are_sharded_as_their_axes_are_named():
             model = nnx.jit(lambda: nn.Transformer(config, logical_axes=True, rngs=nnx.Rngs(0)))()
             specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(model)))
             logits = predict(model)
+            on_each_device = functools.partial(nn.Transformer, config, mesh_axes=(None, "model"), logical_axes=True)
+            np.testing.assert_allclose(logits, predict(nnx.jit(lambda: on_each_device(rngs=nnx.Rngs(0)))()), atol=1e-5)
         layer = specs["layers"][0]
         assert layer["attention"]["query"]["kernel"] == P(None, None, "model", None), layer
         assert layer["attention"]["out"]["kernel"] == P(None, "model", None, None), layer

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec
 
 from sparse_attn.attention import Implementation, moba_attention
 from sparse_attn.nn import key_conv
@@ -25,6 +26,10 @@ class MoBAAttention(SelfAttention):
       top_k: blocks that a query attends, its own included, at least 1.
       is_causal: whether a token sees only tokens up to itself.
       implementation: as in `moba_attention`.
+      mesh_axes: axes of the mesh over which batch rows and heads are split, for instance ("data", "model"); None in
+        either place for none. Attention then runs inside `jax.shard_map` on the mesh of `jax.set_mesh`: every device
+        attends its own rows and heads, and nothing is communicated. The sizes of the axes must divide the batch and
+        num_key_value_heads.
       others: as in `SelfAttention`.
     """
 
@@ -46,6 +51,7 @@ class MoBAAttention(SelfAttention):
         out_kernel_init: Initializer | None = None,
         key_conv_init: Initializer = key_conv.default_kernel_init,
         implementation: Implementation | None = None,
+        mesh_axes: tuple[str | None, str | None] | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -66,6 +72,7 @@ class MoBAAttention(SelfAttention):
         self.top_k = top_k
         self.is_causal = is_causal
         self.implementation = implementation
+        self.mesh_axes = mesh_axes
 
     def attend(
         self,
@@ -75,19 +82,34 @@ class MoBAAttention(SelfAttention):
         segment_ids: jax.Array | None,
         seq_lengths: jax.Array | None,
     ) -> jax.Array:
-        return moba_attention(
-            query,
-            key,
-            value,
-            block_size=self.block_size,
-            top_k=self.top_k,
-            is_causal=self.is_causal,
-            query_seq_lengths=seq_lengths,
-            key_value_seq_lengths=seq_lengths,
-            query_segment_ids=segment_ids,
-            key_value_segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+        def attend(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            segment_ids: jax.Array | None,
+            seq_lengths: jax.Array | None,
+        ) -> jax.Array:
+            return moba_attention(
+                query,
+                key,
+                value,
+                block_size=self.block_size,
+                top_k=self.top_k,
+                is_causal=self.is_causal,
+                query_seq_lengths=seq_lengths,
+                key_value_seq_lengths=seq_lengths,
+                query_segment_ids=segment_ids,
+                key_value_segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+
+        if self.mesh_axes is not None:
+            rows, heads = self.mesh_axes
+            each = PartitionSpec(rows, None, heads, None)
+            # Loops inside start from constants, which the check of varying axes does not take for a device's own.
+            specs = (each, each, each, PartitionSpec(rows), PartitionSpec(rows))
+            attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
+        return attend(query, key, value, segment_ids, seq_lengths)
 
 
 def moba_attention_fn(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 
+from sparse_attn.attention import Implementation
 from sparse_attn.nn import key_conv
 from sparse_attn.nn.attention import SelfAttention
 from sparse_attn.nn.config import LayerKind, TransformerConfig
@@ -42,9 +43,17 @@ class SwiGLU(nnx.Module):
 class TransformerLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: TransformerConfig, kind: LayerKind, *, name_axes: NameAxes, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        kind: LayerKind,
+        *,
+        name_axes: NameAxes,
+        moba_options: dict[str, Any],
+        rngs: nnx.Rngs,
+    ):
         self.attention_norm = _make_norm(config, rngs)
-        self.attention = _make_attention(config, kind, name_axes, rngs)
+        self.attention = _make_attention(config, kind, name_axes, moba_options, rngs)
         self.mlp_norm = _make_norm(config, rngs)
         self.mlp = SwiGLU(config, name_axes=name_axes, rngs=rngs)
 
@@ -69,10 +78,20 @@ class Transformer(nnx.Module):
       logical_axes: whether parameters name their axes "vocab", "embed", "heads", "head_dim" and "mlp" (a stacking axis
         and norms have none). Flax then places each parameter as it is made: build the model inside `jax.set_mesh(mesh)`
         and `nnx.logical_axis_rules(rules)`, rules mapping every name to a mesh axis or None.
+      mesh_axes: mesh axes of batch rows and heads inside the moba layers, as in `MoBAAttention`.
+      implementation: of the moba layers, as in `moba_attention`.
       rngs: stream "params". The same key gives the same parameters, stacked or not.
     """
 
-    def __init__(self, config: TransformerConfig, *, logical_axes: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        logical_axes: bool = False,
+        mesh_axes: tuple[str | None, str | None] | None = None,
+        implementation: Implementation | None = None,
+        rngs: nnx.Rngs,
+    ):
         def name_axes(init: Initializer, *names: str | None) -> Initializer:
             return nnx.with_partitioning(init, names) if logical_axes else init
 
@@ -83,9 +102,10 @@ class Transformer(nnx.Module):
             config.vocab_size, config.hidden_size, embedding_init=embedding_init, rngs=rngs, **dtypes
         )
         keys = jax.random.split(rngs.params(), config.num_layers)
+        moba_options = {"mesh_axes": mesh_axes, "implementation": implementation}
 
         def make_layer(key: jax.Array, kind: LayerKind) -> TransformerLayer:
-            return TransformerLayer(config, kind, name_axes=name_axes, rngs=nnx.Rngs(key))
+            return TransformerLayer(config, kind, name_axes=name_axes, moba_options=moba_options, rngs=nnx.Rngs(key))
 
         if config.scan_layers:
             make_layers = nnx.vmap(make_layer, in_axes=(0, None), transform_metadata={nnx.PARTITION_NAME: None})
@@ -195,7 +215,9 @@ def _make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     )
 
 
-def _make_attention(config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, rngs: nnx.Rngs) -> SelfAttention:
+def _make_attention(
+    config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, moba_options: dict[str, Any], rngs: nnx.Rngs
+) -> SelfAttention:
     options: dict[str, Any] = {
         "num_key_value_heads": config.num_key_value_heads or None,
         "head_dim": config.head_dim,
@@ -211,7 +233,8 @@ def _make_attention(config: TransformerConfig, kind: LayerKind, name_axes: NameA
     options["key_conv_width"] = config.key_conv_width
     options["key_conv_init"] = name_axes(key_conv.default_kernel_init, None, "heads", "head_dim")
     if kind == "moba":
-        return MoBAAttention(*sizes, block_size=config.block_size, top_k=config.top_k, **options)
+        options |= {"block_size": config.block_size, "top_k": config.top_k, **moba_options}
+        return MoBAAttention(*sizes, **options)
     return DenseAttention(*sizes, **options)
 
 
