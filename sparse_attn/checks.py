@@ -13,6 +13,12 @@ def check_positive(name: str, number: int) -> None:
         raise ValueError(f"{name} must be an int of at least 1, got {name}={number!r}")
 
 
+def check_not_negative(name: str, number: int) -> None:
+    """A size or count that may be none: a Python integer of at least 0."""
+    if isinstance(number, bool) or not isinstance(number, numbers.Integral) or number < 0:
+        raise ValueError(f"{name} must be an int of at least 0, got {name}={number!r}")
+
+
 def check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
     """An optional array of integers of the given shape."""
     if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
