@@ -138,6 +138,7 @@ def route(
             out_specs=pl.BlockSpec((1, 1, list_rows, tile), lambda b, h, t, *_: (b, h, 0, t)),
             scratch_shapes=[
                 pltpu.VMEM((stretch, tile), jnp.float32),
+                pltpu.VMEM((1, tile), jnp.float32),
                 pltpu.VMEM((_SUBLANES + list_rows, tile), jnp.float32),
                 pltpu.VMEM((_SUBLANES + list_rows, tile), jnp.int32),
             ],
@@ -160,6 +161,7 @@ def _route_kernel(
     mean_ref: Any,  # [1, 1, blocks, head_dim]
     indices_ref: Any,  # [1, 1, list_rows, queries]
     score_ref: Any,  # [blocks, queries], of the current stretch
+    next_ref: Any,  # [1, queries], the largest of them
     best_score_ref: Any,  # [8 + list_rows, queries]; infinite in the first 8 rows, then the list
     best_block_ref: Any,  # [8 + list_rows, queries]
     *,
@@ -182,25 +184,29 @@ def _route_kernel(
 
     def extract(_: Any) -> jax.Array:
         """Moves every query's best block of the stretch to its place in the list; whether there is more to move."""
-        score, place = score_ref[...], lax.broadcasted_iota(jnp.int32, score_ref.shape, 0)
-        best = score.max(0, keepdims=True)  # [1, queries]
-        best_place = jnp.where(score == best, place, num_blocks).min(0, keepdims=True)
-        score = jnp.where(place == best_place, -jnp.inf, score)
-        score_ref[...] = score
+        score, best = score_ref[...], next_ref[...]
+        # Places as float32, whose minimum is one operation; that of integers is two.
+        place = lax.broadcasted_iota(jnp.int32, score.shape, 0).astype(jnp.float32)
+        best_place = jnp.where(score == best, place, float(num_blocks)).min(0, keepdims=True)  # [1, queries]
+        set_scores(jnp.where(place == best_place, -jnp.inf, score))
 
         before = pl.ds(_SUBLANES - 1, list_rows)
         kept, kept_before = best_score_ref[rows], best_score_ref[before]  # [list_rows, queries]
         block, block_before = best_block_ref[rows], best_block_ref[before]
         stays, is_behind = kept >= best, kept_before < best
         best_score_ref[rows] = jnp.where(stays, kept, jnp.where(is_behind, kept_before, best))
-        new_block = stretch * num_blocks + best_place
+        new_block = stretch * num_blocks + best_place.astype(jnp.int32)
         best_block_ref[rows] = jnp.where(stays, block, jnp.where(is_behind, block_before, new_block))
-        return is_better(score)
+        return is_better()
 
-    def is_better(score: jax.Array) -> jax.Array:
+    def set_scores(score: jax.Array) -> None:
+        score_ref[...] = score
+        next_ref[...] = score.max(0, keepdims=True)
+
+    def is_better() -> jax.Array:
         """Whether some query has a block in the stretch that beats the last of its list."""
         last = best_score_ref[pl.ds(_SUBLANES + top_k - 1, 1)]  # [1, queries]
-        return jnp.where(score.max(0, keepdims=True) > last, 1.0, 0.0).max() > 0
+        return jnp.where(next_ref[...] > last, 1.0, 0.0).max() > 0
 
     @pl.when(stretch < end_ref[tile_index])
     def _() -> None:
@@ -215,9 +221,8 @@ def _route_kernel(
         )
         if is_causal:
             score = jnp.where(block == last, jnp.inf, score)
-        score = jnp.where((first <= block) & (block <= last), score, -jnp.inf)
-        score_ref[...] = score
-        lax.while_loop(lambda is_more: is_more, extract, is_better(score))
+        set_scores(jnp.where((first <= block) & (block <= last), score, -jnp.inf))
+        lax.while_loop(lambda is_more: is_more, extract, is_better())
 
     indices_ref[0, 0] = jnp.where(best_score_ref[rows] == -jnp.inf, -1, best_block_ref[rows])
 
