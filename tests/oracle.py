@@ -167,3 +167,16 @@ def moba(query, key, value, *, block_size, top_k, is_causal=True, scale=None, d_
     indices, _ = route(query, key, block_size=block_size, top_k=top_k, is_causal=is_causal, **sequences)
     mask = attention_mask(indices, num_keys=key.shape[1], block_size=block_size, is_causal=is_causal, **sequences)
     return attention(query, key, value, mask, scale=scale, d_output=d_output)
+
+
+def slope(function, arrays, direction, step=1e-6):
+    """Derivative of a scalar function of float64 arrays along a direction, by central differences.
+
+    Args:
+      function: takes the arrays, gives a float.
+      arrays, direction: lists of NumPy arrays, pairwise of one shape.
+    """
+    ahead, behind = (
+        function(*(x + sign * step * d for x, d in zip(arrays, direction, strict=True))) for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * step)

@@ -1,5 +1,7 @@
 """Block-Attention against loops in float64, and a passage's reused cache against recomputing the passage in place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,14 +38,17 @@ def test_equals_loops_with_values_and_gradients(queries, strict_ranks):
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
     mask = expected_mask(queries)
 
+    @jax.jit
     def attend(query, key, value):
-        return block_attention.attention(query, key, value, LENGTHS, **TILES, scale=0.7)
+        call = functools.partial(block_attention.attention, segment_lengths=LENGTHS, **TILES, scale=0.7)
+        output, pullback = jax.vjp(call, query, key, value)
+        levels = block_attention.select(query, key, LENGTHS, **TILES)
+        return levels.to_mask(), output, *pullback(d_output)
 
-    output, pullback = jax.vjp(jax.jit(attend), query, key, value)
     expected, gradients = oracle.attention(query, key, value, mask, scale=0.7, d_output=d_output)
-    for actual, wanted in zip((output, *pullback(d_output)), (expected, *gradients), strict=True):
+    levels, *results = attend(query, key, value)
+    for actual, wanted in zip(results, (expected, *gradients), strict=True):
         assert_close(actual, wanted, "float32")
-    levels = block_attention.select(query, key, LENGTHS, **TILES).to_mask()
     for i, j in np.ndindex(levels.shape[2:]):
         tile = mask[:, :, 8 * i : 8 * i + 8, 4 * j : 4 * j + 4].any((2, 3))
         np.testing.assert_array_equal(levels[:, :, i, j], tile)
@@ -73,21 +78,20 @@ def test_a_reused_passage_equals_one_recomputed_in_place():
     question = random.standard_normal((1, 5, 32)).astype(np.float32)
 
     @jax.jit
-    def run(hidden, lengths, cache):
-        """Hidden states of the last tokens, and every layer's own un-rotated keys and values.
+    def run_layer(hidden, lengths, weight, cached):
+        """Hidden states after a layer, and its own un-rotated keys and values; cached: those of what stands before."""
+        query, *own = ((hidden @ w).reshape(1, -1, 4, 8) for w in weight)
+        key, value = (jnp.concatenate([pair[i] for pair in (*cached, own)], axis=1) for i in (0, 1))
+        positions = jnp.arange(key.shape[1])[None]
+        query = block_attention.rotate(query, theta, positions[:, -query.shape[1] :])
+        key = block_attention.rotate(key, theta, positions)
+        return hidden + block_attention.attention(query, key, value, lengths, **TILES).reshape(hidden.shape), own
 
-        cache: for each layer the [(key, value), ...] of what stands before.
-        """
+    def run(hidden, lengths, cache):
         own = []
         for weight, cached in zip(weights, cache, strict=True):
-            query, *key_value = ((hidden @ w).reshape(1, -1, 4, 8) for w in weight)
+            hidden, key_value = run_layer(hidden, lengths, weight, cached)
             own.append(key_value)
-            key, value = (jnp.concatenate([pair[i] for pair in (*cached, key_value)], axis=1) for i in (0, 1))
-            positions = jnp.arange(key.shape[1])[None]
-            query = block_attention.rotate(query, theta, positions[:, -query.shape[1] :])
-            key = block_attention.rotate(key, theta, positions)
-            output = block_attention.attention(query, key, value, lengths, **TILES)
-            hidden += output.reshape(hidden.shape)
         return hidden, own
 
     prompt = np.concatenate([*passages, question], axis=1)
@@ -102,9 +106,10 @@ def test_a_reused_passage_equals_one_recomputed_in_place():
 def test_keys_cached_after_rotation_move_by_the_difference():
     key = np.random.default_rng(3).standard_normal((1, 6, 2, 8)).astype(np.float32)
     first, then = np.arange(6)[None], np.arange(6)[None] + 17
-    moved = block_attention.rotate(block_attention.rotate(key, 100.0, first), 100.0, then - first)
-    assert_close(moved, block_attention.rotate(key, 100.0, then), "float32")
-    assert_close(block_attention.rotate(moved, 100.0, -then), key, "float32")
+    rotate = jax.jit(lambda array, positions: block_attention.rotate(array, 100.0, positions))
+    moved = rotate(rotate(key, first), then - first)
+    assert_close(moved, rotate(key, then), "float32")
+    assert_close(rotate(moved, -then), key, "float32")
 
 
 def test_bad_arguments_are_named():

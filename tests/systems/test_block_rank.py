@@ -44,12 +44,14 @@ def test_attention_equals_loops_with_gradients(strict_ranks):
     query, key, value, valid = draw()
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
 
+    @jax.jit
     def attend(query, key, value):
-        return block_rank.attention(query, key, value, valid, block_size=BLOCK, scale=0.7)
+        call = functools.partial(block_rank.attention, is_valid=valid, block_size=BLOCK, scale=0.7)
+        output, pullback = jax.vjp(call, query, key, value)
+        return output, *pullback(d_output)
 
-    output, pullback = jax.vjp(jax.jit(attend), query, key, value)
     expected, gradients = oracle.attention(query, key, value, expected_mask(valid), scale=0.7, d_output=d_output)
-    for actual, wanted in zip((output, *pullback(d_output)), (expected, *gradients), strict=True):
+    for actual, wanted in zip(attend(query, key, value), (expected, *gradients), strict=True):
         assert_close(actual, wanted, "float32")
 
 
@@ -65,8 +67,8 @@ def test_dtype_padding_and_rows():
     np.testing.assert_array_equal(attend(query, key, value, valid)[1], output[1])
 
 
-def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0.05, xp=np):
-    """Logits of documents and loss, densely, row by row; xp is NumPy, or JAX to be differentiated."""
+def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0.05):
+    """Logits of documents and loss, densely, row by row."""
     documents, losses = [], []
     for row, chosen in enumerate(positives):
         mass = 0
@@ -74,19 +76,23 @@ def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0
         for head in range(4):
             for t in (first - 1, first):
                 seen = [s for s in range(BLOCK, BLOCK * (BLOCKS - 1)) if mask[row, head, t, s]]
-                weight = xp.exp(8**-0.5 * key[row, np.array(seen), head // 2] @ query[row, t, head])
+                weight = np.exp(8**-0.5 * key[row, np.array(seen), head // 2] @ query[row, t, head])
                 in_document = np.array([[s // BLOCK == 1 + n for s in seen] for n in range(BLOCKS - 2)])
                 mass += in_document @ weight / weight.sum() / 8
         documents.append(mass / temperature)
-        exponential = xp.exp(documents[-1])
-        losses += [xp.log(exponential.sum() / sum(exponential[n] for n in chosen))] if chosen else []
-    return xp.stack(documents), sum(losses) / len(losses)
+        exponential = np.exp(documents[-1])
+        losses += [np.log(exponential.sum() / sum(exponential[n] for n in chosen))] if chosen else []
+    return np.stack(documents), sum(losses) / len(losses)
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def compute(query, key, valid, positives, num_last=4):
     logits = block_rank.last_query_logits(query, key, valid, block_size=BLOCK, num_last_queries=num_last)
     documents = block_rank.document_logits(logits, labels(), block_size=BLOCK)
     return documents, block_rank.auxiliary_loss(documents, positives)
+
+
+value_and_gradients = jax.jit(jax.value_and_grad(lambda *x: compute(*x)[::-1], (0, 1), has_aux=True))
 
 
 @pytest.mark.parametrize("positives", [[[0, 2], [1]], [[2], []]])
@@ -94,22 +100,22 @@ def test_documents_loss_and_its_gradients(positives, strict_ranks):
     query, key, _, valid = draw()
     mask = expected_mask(valid)
     padded = np.array([row + [-1] * (3 - len(row)) for row in positives], np.int32)
-    documents, loss = jax.jit(compute, static_argnums=4)(query, key, valid, padded)
-    expected = definition(query.astype(np.float64), key.astype(np.float64), mask, labels(), positives)
+    exact = [query.astype(np.float64), key.astype(np.float64)]
+    (loss, documents), gradients = value_and_gradients(query, key, valid, padded)
+    expected = definition(*exact, mask, labels(), positives)
     assert_close(documents, expected[0], "float32")
     assert_close(loss, expected[1], "float32")
-    gradients = jax.jit(jax.grad(lambda *x: compute(*x, valid, padded)[1], (0, 1)))(query, key)
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        wanted = jax.jit(
-            jax.grad(lambda *x: definition(*x, mask, labels(), positives, xp=jnp)[1], (0, 1)),
-        )(query.astype(np.float64), key.astype(np.float64))
-    for actual, one in zip(gradients, wanted, strict=True):
-        assert_close(actual, one, "float32")
+    for i, gradient in enumerate(gradients):  # along a random direction of each array
+        direction = [np.zeros_like(array) for array in exact]
+        direction[i] = np.random.default_rng(i).standard_normal(exact[i].shape)
+        slope = oracle.slope(lambda *x: definition(*x, mask, labels(), positives)[1], exact, direction)
+        assert_close((np.asarray(gradient) * direction[i]).sum(), slope, "float32")
 
 
 def test_logits_are_those_of_the_last_queries():
     query, key, _, valid = draw()
-    logits = block_rank.last_query_logits(query, key, valid, block_size=BLOCK, num_last_queries=99, scale=0.5)
+    call = functools.partial(block_rank.last_query_logits, block_size=BLOCK, num_last_queries=99, scale=0.5)
+    logits = jax.jit(call)(query, key, valid)
     expected = 0.5 * np.einsum("bthd,bshd->bhts", query[:, -BLOCK:], key.repeat(2, 2), dtype=np.float64)
     seen = expected_mask(valid)[:, :, -BLOCK:]
     np.testing.assert_array_equal(np.isneginf(logits), ~seen)
@@ -121,7 +127,8 @@ def test_missing_signal_tokens_are_nan_and_numbers_of_no_document_are_padding():
     documents, _ = compute(query, key, valid, np.array([[0], [1]], np.int32), num_last=3)
     assert not np.isnan(documents[0]).any()
     assert np.isnan(documents[1]).all()  # the label stands first among three, without the token before
-    first, second = (block_rank.auxiliary_loss(documents[:1], np.array([x], np.int32)) for x in ([1, 3, -1], [1, 1, 1]))
+    loss = jax.jit(block_rank.auxiliary_loss)
+    first, second = (loss(documents[:1], np.array([x], np.int32)) for x in ([1, 3, -1], [1, 1, 1]))
     assert first == second > 0
 
 

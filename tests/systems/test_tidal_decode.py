@@ -54,15 +54,15 @@ def test_layers_equal_loops(strict_ranks):
 
 
 def test_dtype_and_rows():
-    query, key, value = draw(jnp.bfloat16)
-    outputs, masks = walk(query, key, value)
-    assert outputs[0].dtype == outputs[2].dtype == jnp.bfloat16
-    expected = oracle.attention(query[2], key[2], value[2], np.asarray(masks[2]))
-    assert_close(outputs[2], expected, "bfloat16")
-    for array in (query, key, value):
-        array[:, 0] = np.nan
-    for one, other in zip(walk(query, key, value)[0], outputs, strict=True):
-        np.testing.assert_array_equal(one[1], other[1])
+    query, key, value = (array[0] for array in draw(jnp.bfloat16))
+    selection = jax.jit(functools.partial(tidal_decode.select, top_k=5))(query, key)
+    for number, mask in ((0, np.ones((2, 4, 1, 17), bool)), (2, np.asarray(selection.to_mask()))):
+        output, _ = layer(number)(query, key, value, selection)
+        assert output.dtype == jnp.bfloat16
+        assert_close(output, oracle.attention(query, key, value, mask), "bfloat16")
+        without = [np.where(np.arange(2).reshape(2, 1, 1, 1) == 0, np.nan, array) for array in (query, key, value)]
+        again, _ = layer(number)(*(array.astype(jnp.bfloat16) for array in without), selection)
+        np.testing.assert_array_equal(again[1], output[1])
 
 
 def test_ties_go_to_the_earlier_key_and_short_caches_are_read_whole():
