@@ -66,10 +66,10 @@ def test_dtype_and_rows():
 
 
 def test_ties_go_to_the_earlier_key_and_short_caches_are_read_whole():
-    query = np.ones((1, 1, 1, 2), np.float32)
-    key = np.array([[0, 0], [1, 1], [2, 0], [-0.0, 0], [1, 1]], np.float32)[None, :, None]
-    assert tidal_decode.select(query, key, top_k=4).indices.tolist() == [[[[1, 2, 4, 0]]]]
-    assert tidal_decode.select(query, key, top_k=7).indices.tolist() == [[[[1, 2, 4, 0, 3, -1, -1]]]]
+    query = np.ones((1, 1, 1, 1), np.float32)
+    key = np.array([-0.0, 2, 3, 0, 2], np.float32).reshape(1, 5, 1, 1)  # -0 and 0 are a tie too
+    assert tidal_decode.select(query, key, top_k=4).indices.tolist() == [[[[2, 1, 4, 0]]]]
+    assert tidal_decode.select(query, key, top_k=7).indices.tolist() == [[[[2, 1, 4, 0, 3, -1, -1]]]]
 
 
 def test_bad_arguments_are_named():
