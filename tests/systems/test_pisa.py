@@ -1,0 +1,113 @@
+"""PISA against loops in float64: choice, the expansion of the tail, grouped heads, a ragged row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import pisa
+from tests.cases import assert_close
+
+
+def draw(tokens=75, heads=4, kv_heads=2, dtype=np.float32, seed=0):
+    random = np.random.default_rng(seed)
+    query = random.standard_normal((2, tokens, heads, 4)).astype(dtype)
+    return query, *random.standard_normal((2, 2, tokens, kv_heads, 4)).astype(dtype)
+
+
+def expect(query, key, value, *, top_k, block_size, use_moment_norm, scale, group_size=None):
+    """Levels and output by loops; with group_size the tail's mass is left at the running maximum of each group."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, tokens, heads, _ = query.shape
+    blocks = [slice(start, min(start + block_size, tokens)) for start in range(0, tokens, block_size)]
+    levels, output = np.zeros((batch, heads, len(blocks), len(blocks)), int), np.zeros(query.shape)
+    for b, h in np.ndindex(batch, heads):
+        q, k, v = query[b, :, h], key[b, :, h * key.shape[2] // heads], value[b, :, h * key.shape[2] // heads]
+        means = [k[block].mean(0) for block in blocks]
+        moments = [(k[block] - mean).T @ v[block] for block, mean in zip(blocks, means, strict=True)]
+        norms = np.array([np.sqrt((moment**2).sum()) for moment in moments])
+        for i, rows in enumerate(blocks):
+            scores = scale * np.array([q[rows].mean(0) @ mean for mean in means])
+            if use_moment_norm:
+                scores = scores + np.log(norms + 1e-5)
+            levels[b, h, i, np.argsort(-scores)[:top_k]] = 1
+            for t in range(rows.start, rows.stop):
+                exact = [
+                    s for j, block in enumerate(blocks) if levels[b, h, i, j] for s in range(*block.indices(tokens))
+                ]
+                logits = scale * k[exact] @ q[t]
+                running = logits.max()
+                numerator, mass, tail = np.exp(logits) @ v[exact], np.exp(logits).sum(), 0.0
+                published = 0.0  # in units of exp(running maximum)
+                for start in range(0, len(blocks), group_size or len(blocks)):
+                    group = range(start, min(start + (group_size or len(blocks)), len(blocks)))
+                    others = [j for j in group if not levels[b, h, i, j]]
+                    running = max([running] + [scale * q[t] @ means[j] for j in others])
+                    for j in others:
+                        weight = np.exp(scale * q[t] @ means[j])
+                        count = blocks[j].stop - blocks[j].start
+                        numerator = numerator + weight * v[blocks[j]].sum(0)
+                        tail += weight * count
+                        published += weight * count * np.exp(-running)
+                if group_size:
+                    tail = published * np.exp(running)
+                numerator = numerator + tail * scale / tokens * (q[t] @ sum(moments))
+                output[b, t, h] = numerator / (mass + tail)
+    return levels, output
+
+
+@pytest.mark.parametrize("use_moment_norm", [False, True])
+def test_equals_loops(use_moment_norm, strict_ranks):
+    query, key, value = draw()
+    options = {"block_size": 8, "use_moment_norm": use_moment_norm, "scale": 0.9}
+    levels, output = expect(query, key, value, top_k=3, **options)  # 3 = int(0.39 * 10)
+    options["density"] = 0.39
+    actual = jax.jit(functools.partial(pisa.select, **options))(query, key, value)
+    np.testing.assert_array_equal(actual.levels, levels)
+    assert_close(jax.jit(functools.partial(pisa.attention, **options))(query, key, value), output, "float32")
+
+
+def test_published_mass_of_the_tail():
+    query, key, value = draw(tokens=60, heads=2)
+    options = {"block_size": 8, "use_moment_norm": False, "scale": 3.0}
+    _, output = expect(query, key, value, top_k=1, group_size=3, **options)
+    attention = jax.jit(functools.partial(pisa.attention, density=0.0, tail_group_size=3, **options))
+    assert_close(attention(query, key, value), output, "float32")
+    _, corrected = expect(query, key, value, top_k=1, **options)
+    assert np.abs(corrected - output).max() > 1e-2
+
+
+def test_everything_exact_is_dense_attention():
+    query, key, value = draw(tokens=16)
+    dense = jax.nn.dot_product_attention(query, key, value)
+    for group in (None, 2):
+        attention = jax.jit(functools.partial(pisa.attention, density=1.0, block_size=8, tail_group_size=group))
+        assert_close(attention(query, key, value), dense, "float32")
+
+
+def test_dtype_and_rows():
+    query, key, value = draw(dtype=jnp.bfloat16)
+    attention = jax.jit(functools.partial(pisa.attention, block_size=8, density=0.3))
+    output = attention(query, key, value)
+    assert output.dtype == jnp.bfloat16
+    levels, expected = expect(query, key, value, top_k=3, block_size=8, use_moment_norm=False, scale=0.5)
+    select = jax.jit(functools.partial(pisa.select, block_size=8, density=0.3))
+    np.testing.assert_array_equal(select(query, key, value).levels, levels)
+    assert_close(output, expected, "bfloat16")
+    for array in (query, key, value):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attention(query, key, value)[1], output[1])
+
+
+def test_bad_arguments_are_named():
+    query, key, value = draw()
+    with pytest.raises(ValueError, match="density must be"):
+        pisa.attention(query, key, value, density=1.5)
+    with pytest.raises(ValueError, match="block_size"):
+        pisa.attention(query, key, value, block_size=0)
+    with pytest.raises(ValueError, match="key must have"):
+        pisa.attention(query, key[:, 1:], value[:, 1:])
+    with pytest.raises(ValueError, match="tail_group_size"):
+        pisa.attention(query, key, value, tail_group_size=0)
