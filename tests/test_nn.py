@@ -46,7 +46,7 @@ def weights_of(module):
 
 
 def attention_formula(weights, kind, inputs, segment_ids):
-    """Output, query and key of a module; only the choice of blocks and attention to a mask come from the oracle."""
+    """Output, query, key and value of a module; only the choice of blocks and masked attention come from the oracle."""
     project = functools.partial(np.einsum, "btf,fhd->bthd", inputs)
     query, key, value = (project(weights[name]["kernel"]) for name in ("query", "key", "value"))
     if kind == "sliding_window":
@@ -62,7 +62,7 @@ def attention_formula(weights, kind, inputs, segment_ids):
         assert gap.min() > cases.SCORE_TOLERANCE, "rounding may change a choice: take another seed"
         mask = oracle.attention_mask(indices, num_keys=TOKENS, block_size=BLOCK, **sequences)
         output = oracle.attention(query, key, value, mask)
-    return np.einsum("bthd,hdf->btf", output, weights["out"]["kernel"]), query, key
+    return np.einsum("bthd,hdf->btf", output, weights["out"]["kernel"]), query, key, value
 
 
 def turn(array):
@@ -86,7 +86,7 @@ def test_attention_equals_its_formula(kind, is_packed):
     inputs, segment_ids = draw()
     segment_ids = segment_ids if is_packed else None
     output = nnx.jit(lambda module, *args: module(args[0], segment_ids=args[1]))(module, inputs, segment_ids)
-    expected, query, key = attention_formula(weights_of(module), kind, inputs, segment_ids)
+    expected, query, key, _ = attention_formula(weights_of(module), kind, inputs, segment_ids)
     cases.assert_close(output, expected, "float32")
     assert_trees_close(module.project(inputs, segment_ids)[:2], (query, key))
 
@@ -239,7 +239,7 @@ def test_modules_work_from_linen():
     output = jax.jit(Mine().apply)(variables, inputs, segment_ids)
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     hidden = inputs @ weights["dense"]["kernel"] + weights["dense"]["bias"]
-    expected, _, _ = attention_formula(weights["mix"], "moba", hidden, segment_ids)
+    expected, *_ = attention_formula(weights["mix"], "moba", hidden, segment_ids)
     cases.assert_close(output, expected, "float32")
 
 

@@ -41,28 +41,28 @@ def draw():
 
 
 def transformer_formula(weights, config, tokens, segment_ids):
-    """Logits, and query and key of the layers without positions."""
+    """Logits, and query, key and value of the layers without positions."""
 
     def norm(hidden, scale):
         return hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + config.norm_epsilon) * scale["scale"]
 
-    hidden, pairs = weights["embedding"]["embedding"][tokens], []
+    hidden, inputs = weights["embedding"]["embedding"][tokens], []
     for i, kind in enumerate(config.layer_kinds):
         layer = weights["layers"][i]
         normed = norm(hidden, layer["attention_norm"])
-        output, *pair = test_nn.attention_formula(layer["attention"], kind, normed, segment_ids)
-        pairs += [] if kind == "sliding_window" else [pair]
+        output, *triple = test_nn.attention_formula(layer["attention"], kind, normed, segment_ids)
+        inputs += [] if kind == "sliding_window" else [triple]
         hidden = hidden + output
         normed = norm(hidden, layer["mlp_norm"])
         gate, up, down = (layer["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
         hidden = hidden + (normed @ gate / (1 + np.exp(-normed @ gate)) * (normed @ up)) @ down
     head = weights["embedding"]["embedding"].T if config.tie_embeddings else weights["head"]["kernel"]
-    return norm(hidden, weights["norm"]) @ head, pairs
+    return norm(hidden, weights["norm"]) @ head, inputs
 
 
 @functools.cache
 def run_transformer(**options):
-    """Parameters, gradients of a loss, logits and routing inputs of a model, in one compiled call."""
+    """Parameters, gradients of a loss, logits and attention inputs of a model, in one compiled call."""
     graph, state = nnx.split(nn.Transformer(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0)))
     tokens, segment_ids = draw()
 
@@ -71,10 +71,10 @@ def run_transformer(**options):
     def run(state):
         model = nnx.merge(graph, state)
         logits = model(tokens, segment_ids)
-        return jnp.square(logits).mean(), (logits, model.routing_inputs(tokens, segment_ids))
+        return jnp.square(logits).mean(), (logits, model.attention_inputs(tokens, segment_ids))
 
-    gradients, (logits, pairs) = run(state)
-    return nnx.to_pure_dict(state), nnx.to_pure_dict(gradients), logits, pairs
+    gradients, (logits, inputs) = run(state)
+    return nnx.to_pure_dict(state), nnx.to_pure_dict(gradients), logits, inputs
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,23 @@ def run_transformer(**options):
     ids=["paper", "any_pattern"],
 )
 def test_transformer_equals_its_formula(options):
-    weights, _, logits, pairs = run_transformer(**options)
+    weights, _, logits, inputs = run_transformer(**options)
     tokens, segment_ids = draw()
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
-    expected_logits, expected_pairs = transformer_formula(
+    expected_logits, expected_inputs = transformer_formula(
         weights, dataclasses.replace(CONFIG, **options), tokens, segment_ids
     )
     assert logits.dtype == jnp.float32
     cases.assert_close(logits, expected_logits, "float32")
-    test_nn.assert_trees_close(pairs, expected_pairs)
+    test_nn.assert_trees_close(inputs, expected_inputs)
 
 
 @pytest.mark.parametrize(("remat", "scan_layers"), [(True, False), (False, True)])
 def test_remat_and_scan_give_the_numbers_of_the_plain_loop(remat, scan_layers):
-    _, loop_gradients, loop_logits, loop_pairs = run_transformer()
-    _, gradients, logits, pairs = run_transformer(remat=remat, scan_layers=scan_layers)
+    _, loop_gradients, loop_logits, loop_inputs = run_transformer()
+    _, gradients, logits, inputs = run_transformer(remat=remat, scan_layers=scan_layers)
     cases.assert_close(logits, loop_logits, "float32")
-    test_nn.assert_trees_close(pairs, loop_pairs)
+    test_nn.assert_trees_close(inputs, loop_inputs)
     layers = loop_gradients["layers"]
     if scan_layers:  # layer i of the loop is repeat i // 2 at place i % 2
         layers = {i: jax.tree.map(lambda *leaves: np.stack(leaves), layers[i], layers[i + 2]) for i in (0, 1)}
@@ -121,8 +121,8 @@ def test_a_bfloat16_transformer_gives_float32_logits_near_the_float32_ones():
     plain, logits = (nnx.jit(model)(tokens) for model in models)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, plain, atol=0.1)
-    pairs = nnx.eval_shape(lambda model: model.routing_inputs(tokens), models[1])
-    assert {array.dtype for array in jax.tree.leaves(pairs)} == {jnp.dtype(jnp.bfloat16)}
+    inputs = nnx.eval_shape(lambda model: model.attention_inputs(tokens), models[1])
+    assert {array.dtype for array in jax.tree.leaves(inputs)} == {jnp.dtype(jnp.bfloat16)}
     assert {array.dtype for array in jax.tree.leaves(nnx.state(models[1]))} == {jnp.dtype(jnp.float32)}
 
 

@@ -167,7 +167,7 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
     for step in range(config.evaluate_batches):
         batch = data.batch(step, "validation")
         relevant = find_values(batch["tokens"], batch["targets"])
-        for layer, (query, key) in enumerate(_routing_inputs(model, batch["tokens"])):
+        for layer, (query, key, _) in enumerate(attention_inputs(model, batch["tokens"])):
             layers.setdefault(layer, []).append((np.asarray(query), np.asarray(key), relevant))
     kinds = [kind for kind in run_config.model.layer_kinds if kind != "sliding_window"]
     rows = []
@@ -196,8 +196,9 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
 
 
 @nnx.jit
-def _routing_inputs(model: Transformer, tokens: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    return model.routing_inputs(tokens)
+def attention_inputs(model: Transformer, tokens: jax.Array) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """`Transformer.attention_inputs`, compiled."""
+    return model.attention_inputs(tokens)
 
 
 def find_values(tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:

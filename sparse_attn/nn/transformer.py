@@ -168,26 +168,25 @@ class Transformer(nnx.Module):
         embedding = self.embedding.embedding[...].astype(hidden.dtype)
         return jnp.einsum("btf,vf->btv", hidden, embedding, preferred_element_type=jnp.float32)
 
-    def routing_inputs(
+    def attention_inputs(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """What routing sees: queries and (convolved) keys of every moba and dense layer, in order.
+    ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+        """What attention and its router see: queries, (convolved) keys and values of every moba and dense layer.
 
-        For a dense layer, what a router put in its place would see.
+        For a dense layer, what another system put in its place would see.
 
         Args: as of the call.
 
         Returns:
-          For each such layer the pair of query `[batch, sequence, num_heads, head_dim]` and key `[batch, sequence,
-          kv_heads, head_dim]`.
+          For each such layer, in order, query `[batch, sequence, num_heads, head_dim]`, key and value `[batch,
+          sequence, kv_heads, head_dim]`.
         """
-        hidden, pairs = self._embed(tokens), []
+        hidden, inputs = self._embed(tokens), []
         for layer, kind in zip(self._unstacked_layers(), self.config.layer_kinds, strict=True):
             if kind != "sliding_window":
-                query, key, _ = layer.attention.project(layer.attention_norm(hidden), segment_ids)
-                pairs.append((query, key))
+                inputs.append(layer.attention.project(layer.attention_norm(hidden), segment_ids))
             hidden = layer(hidden, segment_ids)
-        return pairs
+        return inputs
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
