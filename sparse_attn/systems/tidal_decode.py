@@ -40,6 +40,11 @@ RECIPE = Recipe(
 )
 
 
+def _check_one_token(query: jax.Array) -> None:
+    if query.shape[1] != 1:
+        raise ValueError(f"query must be one token, [batch, 1, heads, head_dim], got query.shape={query.shape}")
+
+
 def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelection:
     """The top_k keys of largest q k for every query head, ties to the earlier key.
 
@@ -50,9 +55,8 @@ def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelect
       BlockSelection of single keys: indices int32 `[batch, heads, 1, top_k]` by falling logit, -1 behind the last key.
     """
     check_arrays(query, {"key": key})
+    _check_one_token(query)
     check_positive("top_k", top_k)
-    if query.shape[1] != 1:
-        raise ValueError(f"query must be one token, [batch, 1, heads, head_dim], got query.shape={query.shape}")
     num_keys = key.shape[1]
     scores = jax.lax.stop_gradient(score.dot(query, key))  # [batch, heads, 1, keys]: tokens are blocks of one
     scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
@@ -96,6 +100,7 @@ def attention(
       ValueError: an argument has a wrong shape, dtype or value; a layer that reads a list was given None.
     """
     scale = check_attention(query, key, value, scale)
+    _check_one_token(query)
     if layer >= first_selecting_layer:
         if layer not in (first_selecting_layer, correction_layer):
             if selection is None:

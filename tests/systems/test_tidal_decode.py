@@ -76,7 +76,10 @@ def test_bad_arguments_are_named():
     query, key, value = (array[0] for array in draw())
     with pytest.raises(ValueError, match="selection must be"):
         tidal_decode.attention(query, key, value, None, layer=5)
+    for number in (0, 2):
+        with pytest.raises(ValueError, match="query must be one token"):
+            tidal_decode.attention(query.repeat(2, 1), key, value, None, layer=number)
     with pytest.raises(ValueError, match="query must be one token"):
-        tidal_decode.attention(query.repeat(2, 1), key, value, None, layer=2)
+        tidal_decode.select(query.repeat(2, 1), key)
     with pytest.raises(ValueError, match="top_k"):
         tidal_decode.attention(query, key, value, None, layer=2, top_k=0)
