@@ -1,7 +1,13 @@
-"""Choose: scores `[..., query_blocks, key_blocks]` -> bool masks of the same shape. -inf is never chosen."""
+"""Choose: scores `[..., query_blocks, key_blocks]` -> bool masks of the same shape, or lists. -inf is never chosen."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from sparse_attn.grammar.describe import split_blocks
+
+_ELEMENTS_PER_STEP = 2**22  # bounds the scores of a step
 
 
 def rank(scores: jax.Array) -> jax.Array:
@@ -41,3 +47,35 @@ def top_p(probability: jax.Array, share: float | jax.Array, first: jax.Array | N
     is_short = before < share * probability.sum(-1, keepdims=True)
     kept = jnp.take_along_axis(is_short, jnp.argsort(order, axis=-1), axis=-1)
     return forced | (kept & (probability > 0))
+
+
+def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
+    """The k best of every row as a list: int32 `[..., k]` by falling score, ties to the lower index, -1 behind."""
+    scores = jnp.where(scores == 0, 0, scores)  # lax.top_k would put 0 above -0
+    best, indices = jax.lax.top_k(scores, min(k, scores.shape[-1]))
+    indices = jnp.where(best == -jnp.inf, -1, indices)
+    missing = k - indices.shape[-1]
+    return jnp.pad(indices, ((0, 0),) * (indices.ndim - 1) + ((0, missing),), constant_values=-1)
+
+
+def by_queries(
+    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], *, first: int = 0, elements_per_query: int
+) -> jax.Array:
+    """`function(position, *arrays)` for a few queries at a time, so that only their scores are alive.
+
+    Args:
+      function: takes the places of t queries, int32 `[t]`, and arrays `[batch, t, ...]`; gives `[batch, t, ...]`. Also
+        called with places and zeros behind the last query, where its result does not count.
+      arrays: each `[batch, queries, ...]`.
+      first: place of the first query.
+      elements_per_query: size of the largest array that function makes for one query.
+
+    Returns:
+      What function gives, `[batch, queries, ...]`.
+    """
+    batch, num_queries = arrays[0].shape[:2]
+    chunk = max(1, min(num_queries, _ELEMENTS_PER_STEP // elements_per_query))
+    split = tuple(split_blocks(array, chunk).swapaxes(0, 1) for array in arrays)  # [steps, batch, chunk, ...]
+    position = first + jnp.arange(split[0].shape[0] * chunk, dtype=jnp.int32).reshape(-1, chunk)
+    result = jax.lax.map(lambda step: function(step[0], *step[1]), (position, split))
+    return result.swapaxes(0, 1).reshape(batch, -1, *result.shape[3:])[:, :num_queries]

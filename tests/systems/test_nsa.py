@@ -1,0 +1,129 @@
+"""NSA against three dense attentions in float64, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.grammar import choose
+from sparse_attn.systems import nsa
+from tests import oracle
+from tests.cases import assert_close
+
+SIZE, TOP_K, WINDOW, SCALE = 4, 3, 5, 0.6
+OPTIONS = {"block_size": SIZE, "top_k": TOP_K, "scale": SCALE}
+
+
+def draw(dtype=np.float32, tokens=22, seed=0):
+    """Two rows, two key/value heads of two query heads each; 22 tokens are 5 blocks and a half."""
+    random = np.random.default_rng(seed)
+    query, d_output = random.standard_normal((2, 2, tokens, 4, 8)).astype(dtype)
+    key, value = random.standard_normal((2, 2, tokens, 2, 8)).astype(dtype)
+    return query, key, value, random.random((2, tokens, 4, 3)).astype(dtype), d_output
+
+
+def means_of(array):
+    """Means of the blocks that have ended, float64 [batch, blocks, kv_heads, d]."""
+    array = array.astype(np.float64)[:, : array.shape[1] // SIZE * SIZE]
+    return array.reshape(array.shape[0], -1, SIZE, *array.shape[2:]).mean(2)
+
+
+def masks(query, key):
+    """What each branch attends, bool [batch, heads, tokens, blocks or tokens]: compressed, selected, window."""
+    batch, tokens, heads, _ = query.shape
+    means, group = means_of(key), heads // key.shape[2]
+    compressed = np.zeros((batch, heads, tokens, means.shape[1]), bool)
+    selected, window = np.zeros((2, batch, heads, tokens, tokens), bool)
+    for b, kv_head, t in np.ndindex(batch, key.shape[2], tokens):
+        ended, own = (t + 1) // SIZE, t // SIZE
+        heads_of_group = slice(kv_head * group, (kv_head + 1) * group)
+        scores = dict.fromkeys(range(own), 0.0)
+        for h in range(kv_head * group, (kv_head + 1) * group):
+            logits = [SCALE * query[b, t, h].astype(np.float64) @ means[b, j, kv_head] for j in range(ended)]
+            for j in range(own):
+                scores[j] += np.exp(logits[j]) / np.exp(logits).sum()
+        chosen = [own, *sorted(scores, key=lambda j: (-scores[j], j))[: TOP_K - 1]]
+        compressed[b, heads_of_group, t, :ended] = True
+        for s in range(t + 1):
+            selected[b, heads_of_group, t, s] = s // SIZE in chosen
+            window[b, heads_of_group, t, s] = t - s < WINDOW
+    return compressed, selected, window
+
+
+def test_choice_equals_loops(strict_ranks):
+    query, key, *_ = draw()
+    selection = jax.jit(functools.partial(nsa.select, **OPTIONS))(query, key)
+    chosen = np.asarray(selection.to_mask()).repeat(SIZE, axis=-1)[..., :22] & np.tril(np.ones((22, 22), bool))
+    np.testing.assert_array_equal(chosen, masks(query, key)[1])
+    indices = np.asarray(selection.indices)
+    np.testing.assert_array_equal(indices[..., 0], np.broadcast_to(np.arange(22) // SIZE, (2, 4, 22)))
+    assert indices[:, :, :SIZE, 1:].max() == -1
+
+
+def test_the_own_block_is_kept_where_another_has_all_the_weight():
+    query, key, *_ = draw()
+    indices = jax.jit(functools.partial(nsa.select, **{**OPTIONS, "top_k": 1}))(query, key).indices
+    np.testing.assert_array_equal(indices[..., 0], np.broadcast_to(np.arange(22) // SIZE, (2, 4, 22)))
+
+
+def test_output_and_gradients_equal_three_dense_attentions(strict_ranks):
+    query, key, value, gates, d_output = draw()
+
+    @jax.jit
+    def run(query, key, value, gates, d_output):
+        attend = functools.partial(nsa.attention, **OPTIONS, window_size=WINDOW)
+        output, pull_back = jax.vjp(attend, query, key, value, gates)
+        return output, pull_back(d_output)
+
+    output, actual = run(query, key, value, gates, d_output)
+    expected, gradients = 0, [np.zeros(array.shape) for array in (query, key, value, gates)]
+    for branch, mask in enumerate(masks(query, key)):
+        keys = (means_of(key), means_of(value)) if branch == 0 else (key, value)
+        gate = gates[..., branch, None].astype(np.float64)
+        result, (d_query, *d_keys) = oracle.attention(query, *keys, mask, scale=SCALE, d_output=gate * d_output)
+        expected += gate * result
+        gradients[0] += d_query
+        for place, gradient in enumerate(d_keys, 1):
+            if branch == 0:
+                gradients[place][:, :20] += gradient.repeat(SIZE, axis=1) / SIZE
+            else:
+                gradients[place] += gradient
+        gradients[3][..., branch] = (result * d_output).sum(-1)
+    assert_close(output, expected, "float32")
+    for one, other in zip(actual, gradients, strict=True):
+        assert_close(one, other, "float32")
+
+
+def test_dtype_rows_and_no_window():
+    query, key, value, gates, _ = draw(jnp.bfloat16)
+    attend = jax.jit(functools.partial(nsa.attention, **OPTIONS, window_size=0))
+    output = attend(query, key, value, gates)
+    assert output.dtype == jnp.bfloat16
+    masks_of = masks(query, key)
+    compressed = oracle.attention(query, means_of(key), means_of(value), masks_of[0], scale=SCALE)
+    selected = oracle.attention(query, key, value, masks_of[1], scale=SCALE)
+    gates64 = gates.astype(np.float64)
+    assert_close(output, gates64[..., :1] * compressed + gates64[..., 1:2] * selected, "bfloat16")
+    for array in (query, key, value):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attend(query, key, value, gates)[1], output[1])
+
+
+def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
+    query, key, *_ = draw()
+    whole = nsa.select(query, key, **OPTIONS)
+    monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 5 * 2 * 4 * 6)
+    np.testing.assert_array_equal(nsa.select(query, key, **OPTIONS).indices, whole.indices)
+
+
+def test_bad_arguments_are_named():
+    query, key, value, gates, _ = draw()
+    for options, name in (({"block_size": 0}, "block_size"), ({"top_k": 0}, "top_k"), ({"window_size": -1}, "window")):
+        with pytest.raises(ValueError, match=name):
+            nsa.attention(query, key, value, gates, **options)
+    with pytest.raises(ValueError, match="gates"):
+        nsa.attention(query, key, value, gates[..., :2])
+    with pytest.raises(ValueError, match="key must have"):
+        nsa.attention(query[:, 1:], key, value, gates)
