@@ -193,6 +193,7 @@ def _query_kernel(
         ids_ref,
         ids_semaphore,
         copies=keys.copies,
+        mask_copies=keys.mask_copies,
         entries=key_value_ref.shape[1],
         clear=keys.clear,
         compute=differentiate,

@@ -165,6 +165,7 @@ def _kernel(
         ids_ref,
         ids_semaphore,
         copies=keys.copies,
+        mask_copies=keys.mask_copies,
         entries=key_value_ref.shape[1],
         clear=keys.clear,
         compute=attend,

@@ -11,6 +11,7 @@ buffers, and the ids of the one after to SMEM. The pipeline runs on from one pro
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -233,6 +234,7 @@ def walk(
     ids_semaphore: Any,
     *,
     copies: Callable[[Any, Any, Any], list[Any]],
+    mask_copies: Callable[[Any, Any, Any], list[Any]] | None = None,
     entries: int,
     clear: Callable[[Any, Any], None],
     compute: Callable[[Any, bool], None],
@@ -246,6 +248,7 @@ def walk(
       ids_semaphore: DMA `[3]`.
       entries: places for partners in a buffer.
       copies: `copies(buffer, entry, id)`: the copies that bring a partner to its place in a buffer.
+      mask_copies: the same for what is needed in a step with a mask alone.
       clear: `clear(buffer, entry)`: fills a place that has no partner with numbers that are harmless.
       compute: `compute(buffer, is_masked)`.
     """
@@ -263,25 +266,21 @@ def walk(
 
         lax.fori_loop(begin, end, body, None)
 
+    def for_copies(step: Any, act: Callable[[Any], None]) -> None:
+        buffer, ids = lax.rem(step, 2), ids_ref.at[lax.rem(step, 3)]
+
+        def act_on(make: Callable[[Any, Any, Any], list[Any]], entry: Any) -> None:
+            for copy in make(buffer, entry, ids[0, 2 + entry]):
+                act(copy)
+
+        count, is_masked = ids[0, 0], ids[0, 1]
+        for_entries(0, count, functools.partial(act_on, copies))
+        if mask_copies is not None:
+            for_entries(0, count * is_masked, functools.partial(act_on, mask_copies))
+
     def start(step: Any) -> None:
-        buffer, ids = lax.rem(step, 2), ids_ref.at[lax.rem(step, 3)]
-        count = ids[0, 0]
-
-        def start_entry(entry: Any) -> None:
-            for copy in copies(buffer, entry, ids[0, 2 + entry]):
-                copy.start()
-
-        for_entries(0, count, start_entry)
-        for_entries(count, entries, lambda entry: clear(buffer, entry))
-
-    def wait(step: Any) -> None:
-        buffer, ids = lax.rem(step, 2), ids_ref.at[lax.rem(step, 3)]
-
-        def wait_entry(entry: Any) -> None:
-            for copy in copies(buffer, entry, ids[0, 2 + entry]):
-                copy.wait()
-
-        for_entries(0, ids[0, 0], wait_entry)
+        for_copies(step, lambda copy: copy.start())
+        for_entries(ids_ref[lax.rem(step, 3), 0, 0], entries, lambda entry: clear(lax.rem(step, 2), entry))
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:  # fill the pipeline
@@ -301,7 +300,7 @@ def walk(
             ids_copy(step + 1).wait()
             start(step + 1)
 
-        wait(step)
+        for_copies(step, lambda copy: copy.wait())
         buffer, needs_mask = lax.rem(step, 2), ids_ref[lax.rem(step, 3), 0, 1] != 0
         pl.when(needs_mask)(lambda: compute(buffer, True))
         pl.when(jnp.logical_not(needs_mask))(lambda: compute(buffer, False))
@@ -337,33 +336,34 @@ class KeyBuffers:
         semaphore: Any,
         group: int,
     ):
-        self._hbm = key_value_hbm, position_hbm
-        self._refs = key_value_ref, position_ref
+        self._keys = key_value_hbm, key_value_ref
+        self._positions = position_hbm, position_ref
         self._semaphore = semaphore
         self._row = lax.div(pl.program_id(0), group)
 
     def copies(self, buffer: Any, entry: Any, block: Any) -> list[Any]:
-        return [
-            pltpu.make_async_copy(hbm.at[self._row, block], ref.at[buffer, entry], self._semaphore.at[buffer])
-            for hbm, ref in zip(self._hbm, self._refs, strict=True)
-        ]
+        return [self._copy(*self._keys, buffer, entry, block)]
+
+    def mask_copies(self, buffer: Any, entry: Any, block: Any) -> list[Any]:
+        return [self._copy(*self._positions, buffer, entry, block)]
+
+    def _copy(self, hbm: Any, ref: Any, buffer: Any, entry: Any, block: Any) -> Any:
+        return pltpu.make_async_copy(hbm.at[self._row, block], ref.at[buffer, entry], self._semaphore.at[buffer])
 
     def clear(self, buffer: Any, entry: Any) -> None:
-        key_value, position = self._refs
+        key_value, position = self._keys[1], self._positions[1]
         key_value[buffer, entry] = jnp.zeros(key_value.shape[2:], key_value.dtype)
         position[buffer, entry] = jnp.full(position.shape[2:], NOWHERE, jnp.int32)
 
     def load(self, buffer: Any) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a step, each `[entries * block, head_dim]`."""
-        head_dim = self._refs[0].shape[-1]
-        return (
-            self._refs[0][buffer, :, 0].reshape(-1, head_dim),
-            self._refs[0][buffer, :, 1].reshape(-1, head_dim),
-        )
+        key_value = self._keys[1]
+        key, value = (key_value[buffer, :, side].reshape(-1, key_value.shape[-1]) for side in (0, 1))
+        return key, value
 
     def is_seen(self, buffer: Any, reach: jax.Array) -> jax.Array:
         """Which query sees which key, bool `[entries * block, queries]`; reach `[2, queries]`."""
-        position, num_queries = self._refs[1], reach.shape[1]
+        position, num_queries = self._positions[1], reach.shape[1]
         columns = [spread(position[buffer, entry], num_queries) for entry in range(position.shape[1])]
         place = jnp.concatenate(columns, axis=0)
         return (reach[0:1] <= place) & (place < reach[1:2])
