@@ -1,0 +1,131 @@
+"""InfLLM-v2 against loops in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import infllm_v2
+from tests import oracle
+from tests.cases import assert_close
+
+TOKENS = 75
+OPTIONS = {
+    "block_size": 8,
+    "pool_size": 4,
+    "pool_stride": 2,
+    "initial_blocks": 1,
+    "local_blocks": 1,
+    "top_k": 5,
+    "dense_length": TOKENS,
+}
+OTHERS = (
+    {"pool_size": 8, "initial_blocks": 0, "local_blocks": 0, "top_k": 2},
+    {"pool_stride": 4, "initial_blocks": 2, "local_blocks": 0, "top_k": 4},
+    {"pool_size": 2, "top_k": 20},
+)
+
+
+def draw(dtype=np.float32, seed=0):
+    """Two rows, two key/value heads of two query heads each; nine blocks and a half."""
+    random = np.random.default_rng(seed)
+    query, d_output = random.standard_normal((2, 2, TOKENS, 4, 8)).astype(dtype)
+    return query, *random.standard_normal((2, 2, TOKENS, 2, 8)).astype(dtype), d_output
+
+
+def token_mask(query, key, block_size, pool_size, pool_stride, initial_blocks, local_blocks, top_k, scale=8**-0.5, **_):
+    """What every query head attends, bool [batch, heads, tokens, tokens]."""
+    batch, tokens, heads, _ = query.shape
+    query, key, group = query.astype(np.float64), key.astype(np.float64), heads // key.shape[2]
+    mask = np.zeros((batch, heads, tokens, tokens), bool)
+    starts = range(0, tokens - pool_size + 1, pool_stride)
+    for b, kv_head in np.ndindex(batch, key.shape[2]):
+        heads_of_group = range(kv_head * group, (kv_head + 1) * group)
+        means = [key[b, start : start + pool_size, kv_head].mean(0) for start in starts]
+        for t in range(tokens):
+            ended = [start for start in starts if start + pool_size - 1 <= t]
+            weights = np.zeros(len(ended))
+            for h in heads_of_group:
+                exponentials = np.exp([scale * query[b, t, h] @ mean for mean in means[: len(ended)]])
+                weights += exponentials / exponentials.sum()
+            own = t // block_size
+            forced = {j for j in range(own + 1) if j < initial_blocks or j >= own - local_blocks}
+            scores = {
+                j: max(
+                    weight
+                    for start, weight in zip(ended, weights, strict=True)
+                    if start < (j + 1) * block_size and start + pool_size > j * block_size
+                )
+                for j in set(range(own)) - forced
+            }
+            best = sorted(scores, key=lambda j, scores=scores: (-scores[j], j))[: top_k - len(forced)]
+            for s in range(t + 1):
+                mask[b, heads_of_group, t, s] = s // block_size in forced | set(best)
+    return mask
+
+
+@pytest.mark.parametrize("change", [{}, *OTHERS], ids=str)
+def test_choice_equals_loops(change, strict_ranks):
+    query, key, *_ = draw()
+    options = {**OPTIONS, **change}
+    selection = jax.jit(functools.partial(infllm_v2.select, **options))(query, key)
+    chosen = np.asarray(selection.to_mask()).repeat(8, axis=-1)[..., :TOKENS] & np.tril(np.ones((TOKENS, TOKENS), bool))
+    np.testing.assert_array_equal(chosen, token_mask(query, key, **options))
+
+
+def test_output_and_gradients_equal_a_dense_softmax(strict_ranks):
+    query, key, value, d_output = draw()
+
+    @jax.jit
+    def run(query, key, value, d_output):
+        output, pull_back = jax.vjp(functools.partial(infllm_v2.attention, **OPTIONS, scale=0.7), query, key, value)
+        return output, pull_back(d_output)
+
+    output, actual = run(query, key, value, d_output)
+    mask = token_mask(query, key, **OPTIONS, scale=0.7)
+    expected, gradients = oracle.attention(query, key, value, mask, scale=0.7, d_output=d_output)
+    assert_close(output, expected, "float32")
+    for one, other in zip(actual, gradients, strict=True):
+        assert_close(one, other, "float32")
+
+
+def test_dtype_and_rows():
+    query, key, value, _ = draw(jnp.bfloat16)
+    attend = jax.jit(functools.partial(infllm_v2.attention, **OPTIONS))
+    output = attend(query, key, value)
+    assert output.dtype == jnp.bfloat16
+    assert_close(output, oracle.attention(query, key, value, token_mask(query, key, **OPTIONS)), "bfloat16")
+    for array in (query, key, value):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attend(query, key, value)[1], output[1])
+
+
+def test_short_sequences_attend_everything():
+    query, key, value, _ = draw()
+    attend = jax.jit(functools.partial(infllm_v2.attention, **{**OPTIONS, "dense_length": TOKENS + 1}))
+    mask = np.broadcast_to(np.tril(np.ones((TOKENS, TOKENS), bool)), (2, 4, TOKENS, TOKENS))
+    assert_close(attend(query, key, value), oracle.attention(query, key, value, mask), "float32")
+
+
+def test_rows_shorter_than_a_pool_have_the_forced_blocks_alone():
+    query, key, *_ = (array[:, :5] for array in draw())
+    options = {**OPTIONS, "block_size": 2, "pool_size": 6, "local_blocks": 0, "top_k": 2, "dense_length": 0}
+    indices = jax.jit(functools.partial(infllm_v2.select, **options))(query, key).indices
+    assert indices[1, 3].tolist() == [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2]]
+
+
+def test_bad_arguments_are_named():
+    query, key, value, _ = draw()
+    for options, name in (
+        ({"block_size": 0}, "block_size"),
+        ({"pool_stride": 3}, "pool_stride"),
+        ({"block_size": 9}, "pool_stride"),
+        ({"top_k": 2}, "top_k"),
+        ({"initial_blocks": -1}, "initial_blocks"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            infllm_v2.attention(query, key, value, **{**OPTIONS, **options})
+    with pytest.raises(ValueError, match="key must have"):
+        infllm_v2.attention(query[:, 1:], key, value)
