@@ -8,11 +8,11 @@ The first `initial_blocks`, the own block and the `local_blocks` before it are a
 
 Defaults: those of MiniCPM4.1, blocks of 64, 1 initial, 32 local, 96 in all (MiniCPM4: 64 in all), dense below 8192.
 
-Where code and paper disagree. To save time the paper estimates the softmax's denominator from coarser pools (128 tokens,
-every 64); the authors' kernels (OpenBMB/infllmv2_cuda_impl at f908e73) do so or not; here it is exact. The kernels force
-the own block and `local_blocks` more, which is followed. They give blocks of the future the weight 0, so that these may
-be chosen, and mask them later; here such places stay empty. They know groups of 16 query heads only; any size goes here.
-No outputs of the authors' code were at hand to compare with: their kernels need a GPU.
+Where code and paper disagree. To save time the paper estimates the softmax's denominator from coarser pools (of 128
+tokens, every 64); the authors' kernels (OpenBMB/infllmv2_cuda_impl at f908e73) do so or not; here it is exact. The
+kernels force the own block and `local_blocks` more, which is followed. They give blocks of the future the weight 0, so
+that these may be chosen, and mask them later; here such places stay empty. They know groups of 16 query heads only; any
+size goes here. No outputs of the authors' code were at hand to compare with: their kernels need a GPU.
 """
 
 from typing import cast
