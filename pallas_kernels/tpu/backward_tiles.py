@@ -29,8 +29,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import tile_work
-from pallas_kernels.tpu.tile_work import DEFAULT, LOG2_E, NN, NT, OUT_OF_SIGHT, TN, TileConfig
+from pallas_kernels.tpu import tile_sides, tile_work
+from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
+from pallas_kernels.tpu.tile_work import LOG2_E, NN, NT, OUT_OF_SIGHT, TN
 
 
 def attend_tiles_backward(
@@ -66,9 +67,9 @@ def attend_tiles_backward(
       Gradients of query, key and value, like them; zero where nothing was seen.
 
     Raises:
-      NotImplementedError: query has another dtype than float32 or bfloat16.
+      NotImplementedError: as `attend_tiles_forward`.
     """
-    sides = tile_work.split_sides(
+    sides = tile_sides.split_sides(
         query, key, value, blocks, key_start, key_stop, key_position, query_block_size, key_block_size, config
     )
     batch, num_queries, heads, head_dim = query.shape
@@ -163,7 +164,7 @@ def _query_kernel(
     span_ref: Any,  # SMEM [1, 1, 1, 3]
     query_ref: Any,  # [1, 1, 2, queries, head_dim]: queries, dO
     per_query_ref: Any,  # int32 [1, 1, 4, queries]: reach, and the bits of log-sum-exp and delta
-    steps_hbm: Any,  # HBM [rows, steps, 1, 128]
+    steps_hbm: Any,  # HBM [rows, lines, 1, 128]
     key_value_hbm: Any,  # HBM [kv rows, blocks, 2, block, head_dim]
     position_hbm: Any,  # HBM [kv rows, blocks, 1, block]
     d_query_ref: Any,  # [1, 1, queries, head_dim]
@@ -205,7 +206,7 @@ def _key_kernel(
     span_ref: Any,  # SMEM [1, 1, 1, 3]
     key_value_ref: Any,  # [1, 1, 2, block, head_dim]
     position_ref: Any,  # [1, 1, 1, block]
-    steps_hbm: Any,  # HBM [kv rows, steps, 1, 128]
+    steps_hbm: Any,  # HBM [kv rows, lines, 1, 128]
     query_hbm: Any,  # HBM [kv rows, group * tiles, 2, queries, head_dim]
     per_query_hbm: Any,  # HBM int32 [kv rows, group * tiles, 4, queries]
     d_key_ref: Any,  # [1, 1, block, head_dim]

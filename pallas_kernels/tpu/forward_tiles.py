@@ -27,8 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import tile_work
-from pallas_kernels.tpu.tile_work import DEFAULT, LOG2_E, NT, OUT_OF_SIGHT, TN, TileConfig
+from pallas_kernels.tpu import tile_sides, tile_work
+from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
+from pallas_kernels.tpu.tile_work import LOG2_E, NT, OUT_OF_SIGHT, TN
 
 
 def attend_tiles_forward(
@@ -56,7 +57,7 @@ def attend_tiles_forward(
       query: float32 or bfloat16 `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]` of query's dtype; heads is a multiple of kv_heads.
       value: like key.
-      blocks: int32 `[batch, heads, query_tiles, list]`, ids of key blocks, none twice in a list; -1 for none.
+      blocks: int32 `[batch, heads, query_tiles, list]`, ids of key blocks, none twice in a list; -1 for none, anywhere.
       key_start: int32 `[batch, queries]`.
       key_stop: int32 `[batch, queries]`; at or below key_start for a query with nothing to see.
       key_position: int32 `[batch, keys]` or `[batch, keys, kv_heads]`. Keys may stand in any order. A padding key has
@@ -72,9 +73,9 @@ def attend_tiles_forward(
       a query with nothing to see.
 
     Raises:
-      NotImplementedError: query has another dtype.
+      NotImplementedError: query has another dtype, or a block size is below 16.
     """
-    sides = tile_work.split_sides(
+    sides = tile_sides.split_sides(
         query, key, value, blocks, key_start, key_stop, key_position, query_block_size, key_block_size, config
     )
     batch, num_queries, heads, head_dim = query.shape
@@ -123,7 +124,7 @@ def _kernel(
     span_ref: Any,  # SMEM [1, 1, 1, 3]
     query_ref: Any,  # [1, 1, queries, head_dim]
     reach_ref: Any,  # [1, 1, 2, queries]: first position seen, one past the last
-    steps_hbm: Any,  # HBM [rows, steps, 1, 128]
+    steps_hbm: Any,  # HBM [rows, lines, 1, 128]
     key_value_hbm: Any,  # HBM [kv rows, blocks, 2, block, head_dim]
     position_hbm: Any,  # HBM [kv rows, blocks, 1, block]
     output_ref: Any,  # [1, 1, queries, head_dim]

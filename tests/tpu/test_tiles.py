@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
 from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
-from pallas_kernels.tpu.tile_work import DEFAULT, NOWHERE, TileConfig
+from pallas_kernels.tpu.tile_sides import DEFAULT, NOWHERE, TileConfig
 from tests import cases
 
 pytestmark = pytest.mark.timeout(120)
@@ -20,7 +20,7 @@ class TileCase:
     """One call of the kernels.
 
     Attributes:
-      list_length: longest list of a query tile; lists have all lengths up to it.
+      list_length: room in the list of a query tile; lists have all lengths up to it, with gaps.
       permuted: whether each key/value head has its keys in an order of its own, with a few padding keys among them.
     """
 
@@ -82,7 +82,8 @@ def make_inputs(case):
     ids = random.permuted(ids, axis=-1)[..., : case.list_length]
     lengths = random.integers(0, case.list_length + 1, (case.batch, case.heads, tiles, 1))
     lengths[0, 0, -1] = case.list_length
-    arrays["blocks"] = np.where(np.arange(ids.shape[-1]) < lengths, ids, -1).astype(np.int32)
+    ids = random.permuted(np.where(np.arange(ids.shape[-1]) < lengths, ids, -1), axis=-1)
+    arrays["blocks"] = ids.astype(np.int32)
     return arrays
 
 
@@ -167,3 +168,19 @@ def test_large_logits_of_either_sign_are_exact(interpret):
         clear = np.sort(np.where(mask, logits, -np.inf), axis=-1)[:, -2] < largest - 50  # the others weigh nothing
         cases.assert_close(np.asarray(output)[0, clear, 0], arrays["value"][0, winner[clear], 0], case.dtype)
         np.testing.assert_allclose(np.asarray(log_sum_exp)[0, clear, 0], largest[clear], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("float16", {"dtype": "float16"}),
+        ("query_block_size=8", {"query_block_size": 8}),
+        ("key_block_size=1", {"key_block_size": 1}),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(words, change):
+    case = dataclasses.replace(TileCase("refused", 32, 32, 16, 16, 2), **change)
+    arrays, names = make_inputs(case), ("query", "key", "value", "blocks", "key_start", "key_stop", "key_position")
+    sizes = {"query_block_size": case.query_block_size, "key_block_size": case.key_block_size}
+    with pytest.raises(NotImplementedError, match=words):
+        attend_tiles_forward(*(arrays[name] for name in names), scale=1.0, **sizes)
