@@ -1,0 +1,154 @@
+"""DSA against loops in float64, and its loss against slopes of the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.grammar import choose
+from sparse_attn.systems import dsa
+from tests import oracle
+from tests.cases import assert_close
+
+TOP_K = 5
+
+
+def draw(dtype=np.float32, queries=19, keys=19, seed=0):
+    """Two rows; four heads over two key/value heads; three index heads."""
+    random = np.random.default_rng(seed)
+    query = random.standard_normal((2, queries, 4, 8)).astype(dtype)
+    key, value = random.standard_normal((2, 2, keys, 2, 8)).astype(dtype)
+    shapes = (2, queries, 3, 6), (2, keys, 6), (2, queries, 3)
+    return query, key, value, dsa.Indexer(*(random.standard_normal(shape).astype(dtype) for shape in shapes))
+
+
+def scores_by_loops(indexer):
+    """float64 [batch, queries, keys]."""
+    query, key, weight = (np.asarray(array, np.float64) for array in indexer)
+    scores = np.zeros((*query.shape[:2], key.shape[1]))
+    for b, t, h, s in np.ndindex(*query.shape[:3], key.shape[1]):
+        scores[b, t, s] += weight[b, t, h] * max(0, query[b, t, h] @ key[b, s])
+    return scores
+
+
+def lists_by_loops(indexer, is_causal, top_k=TOP_K):
+    """Listed keys in their order, [batch][queries]."""
+    scores = scores_by_loops(indexer)
+    _, queries, keys = scores.shape
+    seen = [t + 1 + keys - queries if is_causal else keys for t in range(queries)]
+    return [[np.argsort(-row[t, : max(0, seen[t])], kind="stable")[:top_k] for t in range(queries)] for row in scores]
+
+
+def mask_of(lists, keys):
+    """bool [batch, 4 heads, queries, keys]."""
+    mask = np.zeros((len(lists), 4, len(lists[0]), keys), bool)
+    for b, row in enumerate(lists):
+        for t, listed in enumerate(row):
+            mask[b, :, t, listed] = True
+    return mask
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(19, 19), (3, 19), (19, 13)])
+def test_choice_and_output_equal_loops(queries, keys, is_causal, strict_ranks):
+    query, key, value, indexer = draw(queries=queries, keys=keys)
+    options = {"top_k": TOP_K, "is_causal": is_causal}
+    selection = jax.jit(functools.partial(dsa.select, **options))(indexer)
+    lists = lists_by_loops(indexer, is_causal)
+    for b, t in np.ndindex(2, queries):
+        expected = [*lists[b][t], *[-1] * TOP_K][:TOP_K]
+        np.testing.assert_array_equal(selection.indices[b, 0, t], expected)
+    output = jax.jit(functools.partial(dsa.attention, **options, scale=0.6))(query, key, value, indexer)
+    assert_close(output, oracle.attention(query, key, value, mask_of(lists, keys), scale=0.6), "float32")
+
+
+def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
+    query, key, _, indexer = draw()
+    select = functools.partial(dsa.select, top_k=TOP_K)
+    selection = select(indexer)
+    loss = dsa.indexer_loss(query, key, indexer, selection)
+    monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 4 * 2 * 3 * 19)
+    np.testing.assert_array_equal(select(indexer).indices, selection.indices)
+    assert_close(dsa.indexer_loss(query, key, indexer, selection), loss, "float32")
+
+
+def test_dtype_ties_and_rows():
+    query, key, value, indexer = draw(jnp.bfloat16)
+    indexer.weight[1, 4] = 0  # all keys tie: the first ones are listed
+    attend = jax.jit(functools.partial(dsa.attention, top_k=3))
+    output = attend(query, key, value, indexer)
+    assert output.dtype == jnp.bfloat16
+    lists = lists_by_loops(indexer, is_causal=True, top_k=3)
+    assert lists[1][4].tolist() == [0, 1, 2]
+    assert_close(output, oracle.attention(query, key, value, mask_of(lists, 19)), "bfloat16")
+    for array in (query, key, value, *indexer):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attend(query, key, value, indexer)[1], output[1])
+
+
+def loss_by_definition(query, key, lists, scale, *indexer):
+    """Divergence of every query, float64 [batch, queries]."""
+    scores, losses = scores_by_loops(indexer), np.zeros(query.shape[:2])
+    for b, t in np.ndindex(losses.shape):
+        listed = lists[b][t]
+        if not len(listed):
+            continue
+        target = np.zeros(len(listed))
+        for h in range(query.shape[2]):
+            weights = np.exp(scale * key[b, listed, h // 2].astype(np.float64) @ query[b, t, h])
+            target += weights / weights.sum() / query.shape[2]
+        predicted = np.exp(scores[b, t, listed])
+        losses[b, t] = (target * np.log(target * predicted.sum() / predicted)).sum()
+    return losses
+
+
+@pytest.mark.parametrize("top_k", [TOP_K, 13])
+def test_loss_and_its_gradients_equal_the_definition(top_k, strict_ranks):
+    query, key, _, indexer = draw(queries=15, keys=13)  # two queries see nothing
+    weight = np.random.default_rng(1).standard_normal((2, 15))
+
+    @jax.jit
+    def run(query, key, indexer):
+        def total(query, key, indexer):
+            selection = dsa.select(indexer, top_k=top_k)
+            losses = dsa.indexer_loss(query, key, indexer, selection, scale=0.6)
+            return (losses * weight).sum(), losses
+
+        return jax.grad(total, (0, 1, 2), has_aux=True)(query, key, indexer)
+
+    (d_query, d_key, gradients), losses = run(query, key, indexer)
+    assert not d_query.any()
+    assert not d_key.any()
+    lists = lists_by_loops(indexer, is_causal=True, top_k=top_k)
+    definition = functools.partial(loss_by_definition, query, key, lists, 0.6)
+    exact = [array.astype(np.float64) for array in indexer]
+    assert_close(losses, definition(*exact), "float32")
+    for i, gradient in enumerate(gradients):  # along a random direction of each array
+        direction = [np.zeros_like(array) for array in exact]
+        direction[i] = np.random.default_rng(i).standard_normal(exact[i].shape)
+        expected = oracle.slope(lambda *x: (definition(*x) * weight).sum(), exact, direction)
+        assert_close((np.asarray(gradient) * direction[i]).sum(), expected, "float32")
+
+
+def test_the_choice_gives_the_indexer_no_gradient():
+    query, key, value, indexer = draw()
+    gradient = jax.jit(jax.grad(lambda x: dsa.attention(query, key, value, x, top_k=TOP_K).sum()))(indexer)
+    assert not any(array.any() for array in gradient)
+
+
+def test_bad_arguments_are_named():
+    query, key, value, indexer = draw()
+    with pytest.raises(ValueError, match="top_k"):
+        dsa.attention(query, key, value, indexer, top_k=0)
+    with pytest.raises(ValueError, match="value must be"):
+        dsa.attention(query, key, value[:, 1:], indexer)
+    for bad in (
+        indexer._replace(weight=indexer.weight[..., 1:]),
+        indexer._replace(key=indexer.key[:1]),
+        indexer._replace(key=indexer.key[:, 1:]),
+        dsa.Indexer(indexer.query[:, 1:], indexer.key, indexer.weight[:, 1:]),
+    ):
+        with pytest.raises(ValueError, match="indexer must"):
+            dsa.attention(query, key, value, bad)
