@@ -153,6 +153,27 @@ def _memory(axes: Axes, study: Study) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
+def _league(axes: Axes, study: Study, is_causal: bool) -> None:
+    rows = [row for row in study["rows"] if row["is_causal"] == is_causal]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    errors = {model: {row["system"]: row["error"] for row in rows if row["model"] == model} for model in models}
+    systems = sorted(errors[models[0]], key=lambda system: -errors[models[0]][system])
+    for index, (model, color) in enumerate(zip(models, (BLUE, ORANGE), strict=False)):
+        places = [place + 0.35 * (0.5 - index) for place in range(len(systems))]
+        axes.barh(places, [errors[model][system] for system in systems], 0.35, color=color, label=model)
+    axes.set_yticks(range(len(systems)), systems)
+    axes.set(xlabel="output error against dense", title="Causal systems" if is_causal else "Systems without a mask")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _causal_league(axes: Axes, study: Study) -> None:
+    _league(axes, study, is_causal=True)
+
+
+def _open_league(axes: Axes, study: Study) -> None:
+    _league(axes, study, is_causal=False)
+
+
 def _line_over_seeds(axes: Axes, labels: list[str], values: list[list[float]], name: str | None) -> None:
     """Every seed a point, the means joined."""
     places = range(len(labels))
@@ -176,4 +197,5 @@ _FIGURES: dict[str, tuple[tuple[str, _Panel], ...]] = {
     "length": (("length", _length),),
     "language_model": (("language_model", _language_model),),
     "efficiency": (("efficiency", _time), ("efficiency", _memory)),
+    "comparison": (("comparison", _causal_league), ("comparison", _open_league)),
 }

@@ -9,12 +9,14 @@ import pytest
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from experiments.configs import Preset, load_preset
 from experiments.data import make_data
-from experiments.studies import block_size, key_convolution, language_model, length, snr
+from experiments.studies import block_size, comparison, key_convolution, language_model, length, snr
+from experiments.studies.comparison import ComparisonConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig, agreement, find_values, measure_routing, simulate
 from experiments.studies.variants import dense, train_variants
 from sparse_attn import theory
 from sparse_attn.nn import TransformerConfig
+from sparse_attn.systems import pisa
 
 MODEL = TransformerConfig(
     vocab_size=30,
@@ -52,6 +54,7 @@ MICRO = Preset(
     language_model_blocks=((8, 2), (4, 4)),
     snr=SnrConfig(head_dims=(8,), block_sizes=(4,), nums_related=(1,), delta_mus=(1.0,), head_dim=8, block_size=4),
     efficiency=EfficiencyConfig(),
+    comparison=ComparisonConfig(sequence_length=32, block_size=8, repeats=1),
 )
 
 
@@ -169,3 +172,25 @@ def test_training_side_by_side_gives_the_same_losses(out, tmp_path):
             for folder in (out, tmp_path)
         ]
         np.testing.assert_allclose(*losses, rtol=1e-5)  # one core may add in another order than two
+
+
+def test_systems_are_compared_with_dense_attention(out, monkeypatch):
+    one = [contestant for contestant in comparison.contestants(MICRO.comparison) if contestant.system is pisa]
+    monkeypatch.setattr(comparison, "contestants", lambda config: one)
+    rows = comparison.run(MICRO, out)["rows"]
+    assert [(row["model"], row["system"]) for row in rows] == [("recall", "PISA"), ("language model", "PISA")]
+    for row in rows:
+        assert row["density"] == 0.25  # one block of four
+        assert 0 < row["mass_recall"] < 1
+        assert row["error"] > 0
+
+
+def test_a_system_that_attends_everything_has_no_error():
+    random = np.random.default_rng(0)
+    query, key, value = random.standard_normal((3, 1, 24, 2, 4)).astype(np.float32)
+    for contestant in comparison.contestants(MICRO.comparison):
+        if contestant.system is comparison.Oracle:
+            measured = comparison.measure_system(contestant, 3, query, key, value, repeats=1)
+            assert measured["density"] == 1
+            np.testing.assert_allclose(measured["mass_recall"], 1, rtol=1e-6)
+            assert measured["error"] < 1e-6

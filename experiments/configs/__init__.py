@@ -5,6 +5,7 @@ import importlib
 from typing import Literal, get_args
 
 from experiments.config import RunConfig
+from experiments.studies.comparison import ComparisonConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig
 
@@ -39,6 +40,8 @@ class Preset:
     """Monte Carlo of the statistical model, and measurement on the recall models."""
     efficiency: EfficiencyConfig
     """Times and memory over sequence length."""
+    comparison: ComparisonConfig
+    """The systems of `sparse_attn.systems` side by side, on the dense models."""
     processes: int = 1
     """Models that train side by side, each on an equal share of the processor cores; 1: one after the other on all."""
 

@@ -11,6 +11,7 @@ parameters; 374M untied).
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from experiments.configs import Preset
+from experiments.studies.comparison import ComparisonConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig
 from sparse_attn.nn import TransformerConfig
@@ -42,6 +43,7 @@ def preset(name: str = "paper-340m", model: TransformerConfig = MODEL, learning_
         language_model_seeds=(0,),
         language_model_blocks=((512, 2), (128, 8)),
         snr=SnrConfig(block_sizes=(128, 256, 512), block_size=128),
+        comparison=ComparisonConfig(sequence_length=8192, block_size=128),
         efficiency=EfficiencyConfig(
             sequence_lengths=(8192, 65536, 524288),
             batch_size=2,

@@ -9,6 +9,7 @@ import dataclasses
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from experiments.configs import Preset
+from experiments.studies.comparison import ComparisonConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig
 from sparse_attn.nn import TransformerConfig
@@ -62,5 +63,6 @@ def preset() -> Preset:
         language_model_seeds=(0, 1, 2),
         language_model_blocks=((256, 2), (64, 8)),
         snr=dataclasses.replace(SnrConfig(), trials=8192),
+        comparison=ComparisonConfig(sequence_length=2048, block_size=64),
         efficiency=EfficiencyConfig(num_heads=8, sequence_lengths=(2048, 8192, 32768, 131072), torch=False),
     )

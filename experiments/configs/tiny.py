@@ -8,6 +8,7 @@ Expected: recall accuracy 0.30, 0.87, 0.99 for B=8, 4, 2; dense 1.00; 0.79 for B
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from experiments.configs import Preset
+from experiments.studies.comparison import ComparisonConfig
 from experiments.studies.efficiency import EfficiencyConfig
 from experiments.studies.snr import SnrConfig
 from sparse_attn.nn import TransformerConfig
@@ -59,5 +60,6 @@ def preset() -> Preset:
         language_model_blocks=((32, 2), (8, 8)),
         snr=SnrConfig(),
         efficiency=EfficiencyConfig(sequence_lengths=(2048, 4096, 8192), longest_dense_backward=4096, repeats=3),
+        comparison=ComparisonConfig(),
         processes=2,
     )

@@ -7,10 +7,18 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency"]
+StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency", "comparison"]
 
 # The studies that train come before those that measure what was trained.
-ORDER: tuple[StudyName, ...] = ("efficiency", "block_size", "key_convolution", "length", "snr", "language_model")
+ORDER: tuple[StudyName, ...] = (
+    "efficiency",
+    "block_size",
+    "key_convolution",
+    "length",
+    "snr",
+    "language_model",
+    "comparison",
+)
 
 
 def study(name: tyro.conf.Positional[StudyName], preset: str = "tiny", out: Path | None = None) -> None:
