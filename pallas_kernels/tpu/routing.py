@@ -18,7 +18,7 @@ A stretch is merged by repeated extraction: take each query's best remaining blo
 Order gives the tie rule: stretches rise, extraction takes the lowest id among equals, insertion goes behind equals.
 A tile visits only the stretches that one of its queries may see (scalar prefetch); other steps compute nothing.
 An extraction reads every score once, about eight operations each, and a stretch takes at most top_k of them, later ones
-fewer; the product takes six passes of the MXU for its precision: bound by the vector unit from a top_k of about 4 on.
+fewer; the product takes three (bfloat16) or six passes of the MXU: bound by the vector unit from a top_k of about 4 on.
 """
 
 import dataclasses
@@ -212,19 +212,33 @@ def _route_kernel(
     def _() -> None:
         block = stretch * num_blocks + lax.broadcasted_iota(jnp.int32, (num_blocks, num_queries), 0)
         first, last = reach_ref[0, 0:1], reach_ref[0, 1:2]  # [1, queries]
-        score = lax.dot_general(
-            mean_ref[0, 0],
-            query_ref[0, 0].astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        score = _scores(mean_ref[0, 0], query_ref[0, 0])
         if is_causal:
             score = jnp.where(block == last, jnp.inf, score)
         set_scores(jnp.where((first <= block) & (block <= last), score, -jnp.inf))
         lax.while_loop(lambda is_more: is_more, extract, is_better())
 
     indices_ref[0, 0] = jnp.where(best_score_ref[rows] == -jnp.inf, -1, best_block_ref[rows])
+
+
+def _scores(mean: jax.Array, query: jax.Array) -> jax.Array:
+    """Products of means `[blocks, head_dim]` and queries `[queries, head_dim]`, exact and added in float32.
+
+    The MXU multiplies bfloat16. Three such numbers hold a float32, so bfloat16 queries need three passes, float32 six.
+    """
+    if query.dtype == jnp.float32:
+        return _product(mean, query, lax.Precision.HIGHEST)
+    score = jnp.zeros((mean.shape[0], query.shape[0]), jnp.float32)
+    for _ in range(3):
+        leading = mean.astype(query.dtype)
+        score += _product(leading, query, None)
+        mean -= leading.astype(jnp.float32)
+    return score
+
+
+def _product(mean: jax.Array, query: jax.Array, precision: lax.Precision | None) -> jax.Array:
+    dimensions = (((1,), (1,)), ((), ()))
+    return lax.dot_general(mean, query, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def block_means(
