@@ -6,14 +6,14 @@ query token scores every block by the dot product with its mean key, unscaled. T
 head, compete: brought to 0..1 by their minimum and maximum, the best pairs are kept until their sum reaches `threshold`
 of the whole. Every query keeps its own block, and that counts. Not causal; softmax over the kept blocks.
 
-Defaults: scope "head", threshold 0.25; about 8, 48 and 72 boxes for the three kinds, so that a box has tokens / 72. The
-first quarter of the denoising steps is dense: a caller's matter, as is the turn of box_shape by layer.
+Defaults: scope "head", threshold 0.25; 8, 48 and 72 boxes in all for the three kinds (time, space, both). The first
+quarter of the denoising steps is dense: a caller's matter, as is the turn of box_shape by layer.
 
 Where code and paper disagree. The code (KwaiVGI/VMoBA at 4da72ff) keeps the pair that crosses the line and at least one
-pair besides the own blocks, however small the threshold; the paper does not say; the code is followed. The code packs a
-batch into one sequence, so that minimum, maximum and budget of the scopes "head" and "all" run over all its rows and
-rows change each other's choice. Here every row is for itself; `is_batch_packed` gives the published behaviour. The code
-permutes queries too; since all see the same keys, that changes nothing and is not done here.
+pair besides the own blocks, however small the threshold, which is followed. It packs a batch into one sequence, so that
+minimum, maximum and budget of the scopes "head" and "all" run over all rows, and rows change each other's choice. Here
+every row is for itself; `is_batch_packed` gives the published behaviour. The code permutes the queries too; as all see
+the same keys, that changes nothing and is not done here.
 """
 
 import math
@@ -33,7 +33,7 @@ RECIPE = Recipe(
     name="VMoBA",
     paper="2506.23858",
     order="boxes of time, of space, of both, by layer mod 3",
-    blocks="1 / tokens / 72",
+    blocks="1 / box, of which a video has 8, 48 or 72",
     describe="mean key",
     score="dot; minimum and maximum of the scope to 0 and 1",
     choose="per head over all its pairs: share of the sum; own block forced and credited",

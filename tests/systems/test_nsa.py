@@ -26,8 +26,9 @@ def draw(dtype=np.float32, tokens=22, seed=0):
 
 def means_of(array):
     """Means of the blocks that have ended, float64 [batch, blocks, kv_heads, d]."""
-    array = array.astype(np.float64)[:, : array.shape[1] // SIZE * SIZE]
-    return array.reshape(array.shape[0], -1, SIZE, *array.shape[2:]).mean(2)
+    batch, tokens, *rest = array.shape
+    array = array.astype(np.float64)[:, : tokens // SIZE * SIZE]
+    return array.reshape(batch, tokens // SIZE, SIZE, *rest).mean(2)
 
 
 def masks(query, key):
@@ -68,8 +69,9 @@ def test_the_own_block_is_kept_where_another_has_all_the_weight():
     np.testing.assert_array_equal(indices[..., 0], np.broadcast_to(np.arange(22) // SIZE, (2, 4, 22)))
 
 
-def test_output_and_gradients_equal_three_dense_attentions(strict_ranks):
-    query, key, value, gates, d_output = draw()
+@pytest.mark.parametrize("tokens", [22, 3])
+def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks):
+    query, key, value, gates, d_output = draw(tokens=tokens)
 
     @jax.jit
     def run(query, key, value, gates, d_output):
@@ -87,7 +89,7 @@ def test_output_and_gradients_equal_three_dense_attentions(strict_ranks):
         gradients[0] += d_query
         for place, gradient in enumerate(d_keys, 1):
             if branch == 0:
-                gradients[place][:, :20] += gradient.repeat(SIZE, axis=1) / SIZE
+                gradients[place][:, : tokens // SIZE * SIZE] += gradient.repeat(SIZE, axis=1) / SIZE
             else:
                 gradients[place] += gradient
         gradients[3][..., branch] = (result * d_output).sum(-1)
