@@ -1,0 +1,80 @@
+"""Sizes of the kernels, checked where they are made."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMajorConfig:
+    """Sizes of the key-major TPU kernels.
+
+    Attributes:
+      tile_size: pairs of a tile, all of one key block; what a block's last tile lacks is padding.
+      tiles_per_step: tiles that one step of the forward grid works through side by side, to hide each other's latency.
+      backward_tile_size: pairs of a tile, and of a grid step, in the backward pass.
+      chunk_bytes: on-chip memory for a chunk of queries with its accumulator. The larger the chunk, the more pairs of a
+        chunk share a key block and the fewer slots are padding. The default leaves room on a chip of 64 MiB (tpu7x).
+      table_entries: most tiles of a chunk, whose numbers must fit the scalar memory.
+    """
+
+    tile_size: int = 128
+    tiles_per_step: int = 8
+    backward_tile_size: int = 256
+    chunk_bytes: int = 48 << 20
+    table_entries: int = 40000
+
+    def __post_init__(self) -> None:
+        for name in ("tile_size", "backward_tile_size"):
+            size = getattr(self, name)
+            if size < 32 or size % 32:
+                raise ValueError(f"{name} must be a positive multiple of 32, got {name}={size}")
+        for name in ("tiles_per_step", "chunk_bytes", "table_entries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}")
+
+
+KEY_MAJOR = KeyMajorConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConfig:
+    """Sizes of the Triton kernels, all of them powers of two except num_stages. None has been tuned on a GPU yet.
+
+    Attributes:
+      tile_size: pairs of a tile in the forward pass, all of one key block.
+      key_size: keys that a program takes at a time, forward and backward.
+      backward_tile_size: pairs of a tile in the backward pass.
+      attend_warps: warps of a program that attends, forward and backward.
+      num_stages: loads in flight in a loop, as Triton counts them.
+      merge_rows: queries of a program that merges partial results.
+      route_queries: queries of a program that routes.
+      route_blocks: blocks that it scores at a time.
+      route_warps: its warps.
+      means_keys: keys that a program of the block means adds up at a time.
+      chunk_bytes: memory for the partial results of a chunk of queries. None: an eighth of queries, keys, values and
+        outputs together, at least 32 MiB.
+    """
+
+    tile_size: int = 128
+    key_size: int = 64
+    backward_tile_size: int = 64
+    attend_warps: int = 8
+    num_stages: int = 2
+    merge_rows: int = 32
+    route_queries: int = 64
+    route_blocks: int = 128
+    route_warps: int = 4
+    means_keys: int = 64
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"tile_size": 16, "key_size": 16, "backward_tile_size": 16, "route_queries": 16, "route_blocks": 16}
+        for name, size in dataclasses.asdict(self).items():
+            smallest = least.get(name, 1)
+            if name == "num_stages" or (name == "chunk_bytes" and size is not None):
+                if size < 1:
+                    raise ValueError(f"{name} must be at least 1, got {name}={size}")
+            elif name != "chunk_bytes" and (size < smallest or size & (size - 1)):
+                raise ValueError(f"{name} must be a power of two, at least {smallest}, got {name}={size}")
+
+
+TRITON = TritonConfig()

@@ -1,0 +1,296 @@
+"""MoBA's router on a GPU: means of key blocks, and every query's exact best blocks, without a table of all scores.
+
+Two Triton kernels. Neither writes anything that grows with queries x blocks. Compiled and interpreted only: nothing
+here has run on a GPU yet.
+
+Means. Grid (group of blocks, kv head of a batch row). A program adds up the keys of a few blocks, a few keys of each at
+a time: a tile [blocks, keys, head_dim], summed over the keys. Blocks may start anywhere and have any length, packed
+sequences included. Each key is read once: bound by memory.
+
+Scores and choice. Grid (tile of queries, query head of a batch row). A program keeps its queries [queries, head_dim] in
+registers and walks the stretches of blocks that one of them may choose. It computes the scores [queries, blocks] of a
+stretch and merges them into each query's list of the best so far, `top_k` scores and ids in no order, also in
+registers, by repeated extraction: take each query's best remaining block of the stretch, put it in the place of the
+worst of its list if it is better, strike it out, and stop when no query's next best beats the worst of its list.
+Order gives the tie rule: stretches rise, extraction takes the lowest id among equals, only a strictly better block
+enters, and the highest id among equals leaves. At the end the list is written in falling order, one column at a time.
+
+Precision. Scores are float32 products. For bfloat16 queries a mean is split into three bfloat16 numbers that add up to
+it exactly, so that three passes of the tensor cores give what float32 would; other queries take float32 products of
+full precision, outside the tensor cores.
+
+Speed. At 64K tokens, block_size 128, head_dim 128, 32 heads: the scores of the visible blocks are 0.14 TFLOP, three
+times that in the three passes (0.4 ms on an H200 at its peak), or 2 ms in float32. An extraction reads every score of
+a stretch once, about eight operations each; a stretch takes top_k of them at first, later ones fewer: about 25
+extractions a tile, 1 to 2 ms. So extraction bounds the bfloat16 router.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.config import TRITON, TritonConfig
+from pallas_kernels.gpu.tiles import (
+    NT,
+    SMALLEST_SIDE,
+    ceil_div,
+    check_supported,
+    iota,
+    load_numbers,
+    load_rows,
+    padded_head_dim,
+    power_of_two,
+    product,
+    store_numbers,
+    store_rows,
+)
+
+# Id of an empty place in a list, before its number is added: above every block.
+_NO_BLOCK = 1 << 30
+_LARGEST_TOP_K = 64  # of a list in registers
+
+
+def route(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    block_start: jax.Array,
+    block_length: jax.Array,
+    first_block: jax.Array,
+    last_block: jax.Array,
+    block_size: int,
+    top_k: int,
+    is_causal: bool,
+    config: TritonConfig = TRITON,
+    interpret: bool = False,
+) -> jax.Array:
+    """The blocks that each query chooses: the `top_k` largest scores, score = query . mean(keys of the block).
+
+    Means, products and sums are float32. Ties go to the lower block index, and 0 equals -0. Causal: the own block,
+    which is last_block, is always chosen and comes first. Sources: MoBA (arXiv 2502.13189), section 2. Has not run on a
+    GPU yet.
+
+    Args:
+      query: float32, bfloat16 or float16 `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]` of query's dtype, in block order, padding zero; heads is a multiple of
+        kv_heads.
+      block_start: int32 `[batch, blocks]`, place of a block's first key.
+      block_length: int32 `[batch, blocks]`, keys in the block, at most block_size; 0 where there is no such block.
+      first_block: int32 `[batch, queries]`, the first block that a query may choose.
+      last_block: int32 `[batch, queries]`, the last one; below first_block for a query that may choose none.
+      block_size: keys in a full block.
+      top_k: blocks that a query may choose, at most the number of blocks.
+      is_causal: whether last_block is forced.
+      config: tile sizes.
+      interpret: whether to run on a CPU, interpreted.
+
+    Returns:
+      int32 `[batch, heads, queries, top_k]`: the own block first (causal), then by falling score; -1 for none.
+
+    Raises:
+      NotImplementedError: a dtype, head_dim or top_k that the kernel cannot do.
+    """
+    check_supported(query)
+    if top_k > _LARGEST_TOP_K:
+        raise NotImplementedError(f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}")
+    batch, num_queries, num_heads, head_dim = query.shape
+    kv_heads, num_blocks = key.shape[2], block_start.shape[1]
+    means = block_means(
+        key,
+        block_start=block_start,
+        block_length=block_length,
+        block_size=block_size,
+        config=config,
+        interpret=interpret,
+    )
+    means = _split_exactly(means) if query.dtype == jnp.bfloat16 else means[None]
+    tile = min(config.route_queries, power_of_two(num_queries, SMALLEST_SIDE))
+    indices = pl.pallas_call(
+        functools.partial(
+            _route_kernel,
+            num_queries=num_queries,
+            num_heads=num_heads,
+            group=num_heads // kv_heads,
+            num_blocks=num_blocks,
+            parts=means.shape[0],
+            tile=tile,
+            stretch=min(config.route_blocks, power_of_two(num_blocks, SMALLEST_SIDE)),
+            top_k=top_k,
+            is_causal=is_causal,
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch * num_heads * num_queries * top_k,), jnp.int32),
+        grid=(ceil_div(num_queries, tile), batch * num_heads),
+        compiler_params=plgpu.CompilerParams(num_warps=config.route_warps, num_stages=config.num_stages),
+        name="moba_route",
+        interpret=interpret,
+    )(
+        query.reshape(-1, head_dim),
+        means.reshape(-1, head_dim),
+        first_block.reshape(-1),
+        last_block.reshape(-1),
+    )
+    return indices.reshape(batch, num_heads, num_queries, top_k)
+
+
+def _split_exactly(numbers: jax.Array) -> jax.Array:
+    """Three bfloat16 arrays `[3, ...]` that add up to a float32 one: 8 bits of the mantissa each."""
+    parts = []
+    for _ in range(3):
+        part = lax.reduce_precision(numbers, exponent_bits=8, mantissa_bits=7)  # a pair of casts would be optimised out
+        parts.append(part.astype(jnp.bfloat16))
+        numbers = numbers - part
+    return jnp.stack(parts)
+
+
+def _route_kernel(
+    query_ref: Any,  # [batch * queries * heads, head_dim]
+    mean_ref: Any,  # [parts * batch * kv_heads * blocks, head_dim]
+    first_ref: Any,  # [batch * queries]
+    last_ref: Any,  # [batch * queries]
+    indices_ref: Any,  # [batch * heads * queries * top_k]
+    *,
+    num_queries: int,
+    num_heads: int,
+    group: int,
+    num_blocks: int,
+    parts: int,
+    tile: int,
+    stretch: int,
+    top_k: int,
+    is_causal: bool,
+) -> None:
+    row = pl.program_id(1)
+    batch_row, head = lax.div(row, num_heads), lax.rem(row, num_heads)
+    means_of_part = mean_ref.shape[0] // parts
+    first_mean = lax.div(row, group) * num_blocks  # heads of a group follow one another
+    columns = padded_head_dim(query_ref.shape[-1])
+
+    place = pl.program_id(0) * tile + iota(tile)
+    is_query = place < num_queries
+    token = batch_row * num_queries + place
+    query = load_rows(query_ref, token * num_heads + head, is_query, columns).astype(mean_ref.dtype)
+    first = load_numbers(first_ref, token, is_query)  # [queries]
+    last = load_numbers(last_ref, token, is_query, other=-1)
+    is_reached = first <= last
+    begin = lax.div(jnp.where(is_reached, first, num_blocks).min(), stretch)
+    end = ceil_div(jnp.where(is_reached, last, -1).max() + 1, stretch)
+
+    places = power_of_two(top_k, 2)
+    slot = lax.broadcasted_iota(jnp.int32, (tile, places), 1)
+    column = lax.broadcasted_iota(jnp.int32, (tile, stretch), 1)
+
+    def scores_of(step: jax.Array) -> jax.Array:  # [queries, stretch]
+        block = step * stretch + iota(stretch)
+        score = jnp.zeros((tile, stretch), jnp.float32)
+        for part in reversed(range(parts)):  # the smallest first
+            mean_row = part * means_of_part + first_mean + block
+            mean = load_rows(mean_ref, mean_row, block < num_blocks, columns)
+            score += product(query, mean, NT)
+        if is_causal:
+            score = jnp.where(block[None, :] == last[:, None], jnp.inf, score)
+        is_visible = (first[:, None] <= block[None, :]) & (block[None, :] <= last[:, None])
+        return jnp.where(is_visible, score, -jnp.inf)
+
+    def is_better(score: jax.Array, best_score: jax.Array) -> jax.Array:
+        """Whether some query has a block in the stretch that beats the worst of its list."""
+        return jnp.where(score.max(1) > best_score.min(1), 1, 0).max() > 0
+
+    def merge(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        score = scores_of(step)
+
+        def extract(state: tuple) -> tuple:
+            _, score, best_score, best_block = state
+            top, worst = score.max(1), best_score.min(1)
+            top_place = jnp.where(score == top[:, None], column, stretch).min(1)
+            is_worst = best_score == worst[:, None]
+            leaving = jnp.where(is_worst, best_block, -1).max(1)
+            is_hit = is_worst & (best_block == leaving[:, None]) & (top > worst)[:, None]
+            best_score = jnp.where(is_hit, top[:, None], best_score)
+            best_block = jnp.where(is_hit, (step * stretch + top_place)[:, None], best_block)
+            score = jnp.where(column == top_place[:, None], -jnp.inf, score)
+            return is_better(score, best_score), score, best_score, best_block
+
+        state = is_better(score, best[0]), score, *best
+        return lax.while_loop(lambda state: state[0], extract, state)[2:]
+
+    # Places behind the last are taken from the start, by something that nothing beats.
+    empty = jnp.where(slot < top_k, -jnp.inf, jnp.inf), _NO_BLOCK + slot
+    best_score, best_block = lax.fori_loop(begin, end, merge, empty)
+
+    def write(rank: jax.Array, best_score: jax.Array) -> jax.Array:
+        top = best_score.max(1)
+        block = jnp.where(best_score == top[:, None], best_block, _NO_BLOCK + places).min(1)
+        entry = (row * num_queries + place) * top_k + rank
+        store_numbers(indices_ref, entry, is_query, jnp.where(top == -jnp.inf, -1, block))
+        return jnp.where(best_block == block[:, None], -jnp.inf, best_score)
+
+    lax.fori_loop(0, top_k, write, jnp.where(slot < top_k, best_score, -jnp.inf))
+
+
+def block_means(
+    key: jax.Array,
+    *,
+    block_start: jax.Array,
+    block_length: jax.Array,
+    block_size: int,
+    config: TritonConfig = TRITON,
+    interpret: bool = False,
+) -> jax.Array:
+    """Mean key of every block: the sum of its keys / their number, in float32.
+
+    Args: as of `route`.
+
+    Returns:
+      float32 `[batch, kv_heads, blocks, head_dim]`; zero for a block that does not exist.
+    """
+    batch, num_keys, kv_heads, head_dim = key.shape
+    num_blocks = block_start.shape[1]
+    keys = min(config.means_keys, power_of_two(block_size))
+    blocks = min(config.means_keys // keys, power_of_two(num_blocks))
+    means = pl.pallas_call(
+        functools.partial(
+            _means_kernel, num_keys=num_keys, kv_heads=kv_heads, num_blocks=num_blocks, blocks=blocks, keys=keys
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch * kv_heads * num_blocks, head_dim), jnp.float32),
+        grid=(ceil_div(num_blocks, blocks), batch * kv_heads),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=config.num_stages),
+        name="moba_block_means",
+        interpret=interpret,
+    )(key.reshape(-1, head_dim), block_start.reshape(-1), block_length.reshape(-1))
+    return means.reshape(batch, kv_heads, num_blocks, head_dim)
+
+
+def _means_kernel(
+    key_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    start_ref: Any,  # [batch * blocks]
+    length_ref: Any,  # [batch * blocks]
+    mean_ref: Any,  # [batch * kv_heads * blocks, head_dim]
+    *,
+    num_keys: int,
+    kv_heads: int,
+    num_blocks: int,
+    blocks: int,
+    keys: int,
+) -> None:
+    row = pl.program_id(1)
+    batch_row, head = lax.div(row, kv_heads), lax.rem(row, kv_heads)
+    columns = padded_head_dim(key_ref.shape[-1])
+    block = pl.program_id(0) * blocks + iota(blocks)
+    is_block = block < num_blocks
+    start = load_numbers(start_ref, batch_row * num_blocks + block, is_block)  # [blocks]
+    length = load_numbers(length_ref, batch_row * num_blocks + block, is_block)
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        rank = step * keys + lax.broadcasted_iota(jnp.int32, (blocks, keys), 1)
+        key_row = (batch_row * num_keys + start[:, None] + rank) * kv_heads + head
+        key = load_rows(key_ref, key_row, rank < length[:, None], columns)  # [blocks, keys, head_dim]
+        return total + key.astype(jnp.float32).sum(1)
+
+    total = lax.fori_loop(0, ceil_div(length.max(), keys), add, jnp.zeros((blocks, columns), jnp.float32))
+    mean = total / jnp.maximum(length, 1).astype(jnp.float32)[:, None]
+    store_rows(mean_ref, row * num_blocks + block, is_block, mean)

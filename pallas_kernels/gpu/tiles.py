@@ -1,0 +1,100 @@
+"""Small pieces that the Triton kernels share: sizes, rows of an array in memory, products.
+
+Triton demands tiles whose sizes are powers of two. An array in memory keeps its own sizes; a tile is as large as the
+next power of two, and what it has too much is neither read nor written: every access carries a mask.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+# The logit of a key out of sight. Finite, so that differences are; no real logit comes near it.
+OUT_OF_SIGHT = -0.7 * float(jnp.finfo(jnp.float32).max)
+# The smallest side of a matrix product, a limit of the tensor cores.
+SMALLEST_SIDE = 16
+LARGEST_HEAD_DIM = 256
+
+NN = (((1,), (0,)), ((), ()))  # a b
+NT = (((1,), (1,)), ((), ()))  # a b^T
+
+
+def check_supported(query: jax.Array) -> None:
+    """Raises NotImplementedError for arrays that the kernels cannot take."""
+    if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the GPU kernels take float32, bfloat16 and float16, got query.dtype={query.dtype}")
+    if query.shape[-1] > LARGEST_HEAD_DIM:
+        raise NotImplementedError(
+            f"the GPU kernels take head_dim up to {LARGEST_HEAD_DIM}, for a row must fit the registers, got "
+            f"head_dim={query.shape[-1]}"
+        )
+
+
+def ceil_div(number: Any, divisor: int) -> Any:
+    """Quotient of numbers not negative, rounded up."""
+    return lax.div(number + (divisor - 1), divisor) if isinstance(number, jax.Array) else -(-number // divisor)
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `number` and `least`."""
+    return 1 << (max(number, least) - 1).bit_length()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of a tile of queries, keys or values."""
+    return power_of_two(head_dim, SMALLEST_SIDE)
+
+
+def iota(size: int) -> jax.Array:
+    """int32 `[size]`: 0, 1, 2, ..."""
+    return lax.iota(jnp.int32, size)
+
+
+def load_rows(ref: Any, row: jax.Array, is_real: jax.Array, columns: int) -> jax.Array:
+    """Rows of `[rows, width]`, zeros where `is_real` is false and behind the last column: `[..., columns]`.
+
+    Args:
+      ref: the array in memory.
+      row: int32 `[...]`, numbers of the rows.
+      is_real: bool, shaped like row.
+      columns: at least the width.
+    """
+    index, mask = _places(ref, row, is_real, columns)
+    return plgpu.load(ref.at[index], mask=mask, other=0)
+
+
+def store_rows(ref: Any, row: jax.Array, is_real: jax.Array, tile: jax.Array) -> None:
+    """Writes what `load_rows` would read, in the array's dtype. The rows where `is_real` holds are different ones."""
+    index, mask = _places(ref, row, is_real, tile.shape[-1])
+    plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
+
+
+def _places(
+    ref: Any, row: jax.Array, is_real: jax.Array, columns: int
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    shape = (*row.shape, columns)
+    column = lax.broadcasted_iota(jnp.int32, shape, row.ndim)
+    mask = jnp.broadcast_to(is_real[..., None], shape)
+    if columns != ref.shape[-1]:
+        mask &= column < ref.shape[-1]
+    return (jnp.broadcast_to(row[..., None], shape), column), mask
+
+
+def load_numbers(ref: Any, place: jax.Array, is_real: jax.Array, other: float = 0) -> jax.Array:
+    """Entries of a one-dimensional array, `other` where `is_real` is false; shaped like place."""
+    return plgpu.load(ref.at[place], mask=is_real, other=other)
+
+
+def store_numbers(ref: Any, place: jax.Array, is_real: jax.Array, numbers: jax.Array) -> None:
+    """Writes what `load_numbers` would read."""
+    plgpu.store(ref.at[place], numbers.astype(ref.dtype), mask=is_real)
+
+
+def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
+    """Matrix product added up in float32; float32 operands are not rounded to TF32."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

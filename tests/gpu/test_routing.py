@@ -1,0 +1,112 @@
+"""The GPU router, interpreted on a CPU, against loops in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.config import TritonConfig
+from pallas_kernels.gpu import routing
+from sparse_attn.layout import make_layout
+from tests import cases, oracle
+from tests.cases import Case
+
+pytestmark = pytest.mark.timeout(120)
+
+# Small, so that short sequences have several tiles and stretches.
+SMALL = TritonConfig(route_queries=16, route_blocks=16, means_keys=8)
+
+CASES = (
+    Case("ties", batch=1, queries=50, keys=50, heads=4, block_size=4, top_k=3, exact=True),
+    # Several stretches of blocks, and tiles of queries that do not reach all of them.
+    Case("stretches", batch=1, queries=60, keys=130, heads=1, kv_heads=1, block_size=2, top_k=9, exact=True),
+    Case("top_64", batch=1, queries=20, keys=150, heads=1, kv_heads=1, block_size=2, top_k=64, is_causal=False),
+    Case("mixed", queries=50, keys=70, heads=4, kv_heads=1, block_size=4, top_k=3, sequences="mixed"),
+    Case("lengths", batch=3, sequences="lengths", queries=37, keys=50, top_k=9, block_size=5, head_dim=20),
+    Case("top_k_one", batch=1, queries=20, keys=20, top_k=1),
+    Case("block_of_one", batch=1, queries=20, keys=20, block_size=1, top_k=4),
+    Case("bfloat16", batch=1, queries=50, keys=50, dtype="bfloat16", exact=True, block_size=4),
+    Case("float16", batch=1, queries=50, keys=50, dtype="float16", exact=True, block_size=4),
+)
+
+
+def route(case, arrays, sequences):
+    """Indices `[batch, heads, queries, top_k]` of the kernels, given what the library would give them."""
+
+    @jax.jit
+    def call(query, key, sequences):
+        layout = make_layout(
+            case.queries,
+            case.keys,
+            batch_size=case.batch,
+            block_size=case.block_size,
+            is_causal=case.is_causal,
+            **sequences,
+        )
+        return routing.route(
+            query,
+            layout.order_keys(key),
+            block_start=layout.block_start,
+            block_length=layout.block_length,
+            first_block=layout.first_block,
+            last_block=layout.last_block,
+            config=SMALL,
+            interpret=True,
+            **case.options,
+        )
+
+    lengths = sequences.get("key_value_seq_lengths", np.full(case.batch, case.keys))
+    is_real = np.arange(case.keys) < lengths[:, None]
+    key = np.where(is_real[..., None, None], arrays["key"], 0)
+    return np.asarray(call(arrays["query"], key, sequences))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_blocks_are_those_of_the_oracle(case):
+    arrays, sequences = cases.make_inputs(case)
+    expected, gap = oracle.route(arrays["query"], arrays["key"], **case.options, **sequences)
+    assert gap.min() > cases.SCORE_TOLERANCE, "rounding may change a choice: take another seed"
+    np.testing.assert_array_equal(route(case, arrays, sequences), expected)
+
+
+def test_zeros_of_either_sign_tie_S3():
+    key = np.array([0.0, -0.0, 0.0, -0.0, -1.0], np.float32)
+    key = np.broadcast_to(key[None, :, None, None], (1, 5, 1, 8))
+    case = Case("zeros", batch=1, queries=2, keys=5, heads=1, kv_heads=1, block_size=1, top_k=5, is_causal=False)
+    query = np.stack([np.ones((1, 1, 8)), -np.ones((1, 1, 8))], axis=1).astype(np.float32)
+    indices = route(case, {"query": query, "key": key}, {})
+    np.testing.assert_array_equal(indices[0, 0], [[0, 1, 2, 3, 4], [4, 0, 1, 2, 3]])
+
+
+def test_means_of_bfloat16_keys_keep_their_float32_bits_S8():
+    """Two means that differ by 2^-20 of their size are told apart, which takes all three parts of a mean."""
+    key = np.zeros((1, 4, 1, 8), cases.as_dtype("bfloat16"))
+    key[0, :, 0, 0] = [1, 0, 1, 2**-20]
+    case = Case("bits", batch=1, queries=1, keys=4, heads=1, kv_heads=1, block_size=2, top_k=2, is_causal=False)
+    query = np.ones((1, 1, 1, 8), cases.as_dtype("bfloat16"))
+    np.testing.assert_array_equal(route(case, {"query": query, "key": key}, {})[0, 0, 0], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "top_k", "reason"),
+    [
+        ((1, 16, 1, 64), "float64", 1, "float64"),
+        ((1, 16, 1, 257), "float32", 1, "head_dim=257"),
+        ((1, 16, 1, 64), "float32", 65, "top_k=65"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said(shape, dtype, top_k, reason):
+    array = np.zeros(shape, dtype)
+    number = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match=reason):
+        routing.route(
+            array,
+            array,
+            block_start=number,
+            block_length=number,
+            first_block=number,
+            last_block=number,
+            block_size=16,
+            top_k=top_k,
+            is_causal=True,
+        )
