@@ -1,6 +1,7 @@
 """Choose: scores `[..., query_blocks, key_blocks]` -> bool masks of the same shape, or lists. -inf is never chosen."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,47 @@ def top_p(probability: jax.Array, share: float | jax.Array, first: jax.Array | N
     is_short = before < share * probability.sum(-1, keepdims=True)
     kept = jnp.take_along_axis(is_short, jnp.argsort(order, axis=-1), axis=-1)
     return forced | (kept & (probability > 0))
+
+
+def bands(
+    scores: jax.Array,
+    ends: tuple[float, ...],
+    *,
+    rule: Literal["rank", "energy"],
+    multiples: tuple[int, ...],
+    least_first: int = 0,
+) -> jax.Array:
+    """Cuts the ranking of every row, best first, into bands that follow one another.
+
+    The end of a band is, by "rank", the share `end` of the number of entries, rounded down; by "energy" one past the
+    last rank up to which the sum of scores is at most `end` of the row's sum, or none if the best entry is above that.
+    Then a band's length is rounded up to its multiple, or down where that reaches past the last entry.
+
+    Args:
+      scores: `[..., query_blocks, key_blocks]`, not negative.
+      ends: where the bands end, as shares, not falling.
+      rule: what the shares are of.
+      multiples: of the lengths, one for each band.
+      least_first: entries that the first band has at least.
+
+    Returns:
+      int32, shaped like scores: the number of an entry's band, len(ends) behind the last band.
+    """
+    size = scores.shape[-1]
+    energy = jnp.cumsum(jnp.sort(scores, axis=-1, descending=True), axis=-1)
+    place, band = rank(scores), jnp.zeros(scores.shape, jnp.int32)
+    last = jnp.zeros((*scores.shape[:-1], 1), jnp.int32)
+    for number, (end, multiple) in enumerate(zip(ends, multiples, strict=True)):
+        if rule == "rank":
+            wanted = jnp.full_like(last, int(size * end))
+        else:
+            within = (energy <= (end + 1e-6) * energy[..., -1:]).sum(-1, keepdims=True, dtype=jnp.int32)
+            wanted = jnp.where(within > 0, within + 1, last)
+        wanted = jnp.clip(jnp.maximum(wanted, least_first if number == 0 else 0), last, size)
+        length = -(-(wanted - last) // multiple) * multiple
+        last += jnp.where(last + length >= size, (size - last) // multiple * multiple, length)
+        band += place >= last
+    return band
 
 
 def top_k_indices(scores: jax.Array, k: int) -> jax.Array:

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.grammar.describe import split_blocks
+from sparse_attn.grammar.describe import block_lengths, block_mean, split_blocks
 from sparse_attn.merge import Partial
+from sparse_attn.selection import LevelMap
+from sparse_attn.tiles import attend_tiles
+from sparse_attn.visibility import make_visibility
 
 _LOGITS_PER_STEP = 2**20
 
@@ -64,3 +67,30 @@ def pooled(
         return array.reshape(batch, -1, *array.shape[3:])[:, :num_queries]
 
     return jax.tree.map(unsplit, partial)
+
+
+def means(query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap, *, level: int, scale: float) -> Partial:
+    """Attention, in the blocks of `level`, to means of `level` consecutive keys and values, each counting that often.
+
+    Logits are scale q k_n + log(number of keys), not causal; the last mean of a ragged row runs over the keys it has.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`; so is value.
+      levels: the choice; its key_block_size is a multiple of level.
+      level: the level of the map that is attended here.
+      scale: factor of the logits.
+    """
+    log_count = jnp.log(block_lengths(key.shape[1], level))
+    key, value = (block_mean(array, level).astype(query.dtype) for array in (key, value))
+    levels = LevelMap(levels.levels, levels.query_block_size, levels.key_block_size // level)
+    return attend_tiles(
+        query,
+        key,
+        value,
+        levels,
+        make_visibility(query, key, is_causal=False),
+        scale=scale,
+        level=level,
+        key_log_weight=jnp.broadcast_to(log_count[None, :, None], (*key.shape[:2], 1)),
+    )

@@ -94,3 +94,31 @@ def exact_blocks(
         for array in (query, visibility.start, visibility.stop, subtracted)
     ]
     return jnp.moveaxis(jax.lax.map(score_block, tuple(blocks)), 0, 2)
+
+
+def peaks(query: jax.Array, key: jax.Array, *, query_block_size: int, key_block_size: int, scale: float) -> jax.Array:
+    """How near a key block comes to the best key: max over queries t of exp(x_tj - max_j x_tj), rows then adding to 1.
+
+    x_tj = max of scale q k over the keys of block j. Holds the logits of one query block at a time.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`, whole blocks, of samples for instance.
+      key: `[batch, keys, kv_heads, head_dim]`, whole blocks.
+      query_block_size, key_block_size: tokens in a block.
+      scale: factor of the logits.
+
+    Returns:
+      float32 `[batch, heads, query_blocks, key_blocks]`.
+    """
+    batch, _, num_heads, head_dim = query.shape
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    key = key.astype(dtype)
+
+    def score_block(query: jax.Array) -> jax.Array:  # [batch, query_block_size, heads, head_dim]
+        grouped = query.astype(dtype).reshape(batch, query_block_size, key.shape[2], -1, head_dim)
+        logits = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, precision="highest")
+        highest = logits.reshape(batch, num_heads, query_block_size, -1, key_block_size).max(-1)
+        peak = jnp.exp(highest - highest.max(-1, keepdims=True)).max(2)  # [batch, heads, key_blocks]
+        return peak / peak.sum(-1, keepdims=True)
+
+    return jnp.moveaxis(jax.lax.map(score_block, split_blocks(query, query_block_size).swapaxes(0, 1)), 0, 2)

@@ -1,0 +1,217 @@
+"""PSA against loops in float64: samples, bands, caps, the pyramid, its gradients, and the published errors."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import psa
+from tests import oracle
+from tests.cases import assert_close
+
+SIZES = {"query_block_size": 16, "key_block_size": 64}
+BOUNDS = (0.3, 0.5, 0.75, 0.9)
+
+
+def draw(tokens=563, heads=4, kv_heads=2, dtype=np.float32, seed=0):
+    """Keys of some blocks are more alike than those of others, so that thresholds of similarity part them."""
+    random = np.random.default_rng(seed)
+    query, key, value = random.standard_normal((3, 2, tokens, heads, 8))
+    centre, share = random.standard_normal((2, tokens, heads, 8)), random.uniform(0, 1, (2, tokens, heads, 1))
+    start = np.arange(tokens) // 64 * 64
+    key = share[:, start] * centre[:, start] + (1 - share[:, start]) * key
+    query, key, value = (x.astype(dtype) for x in (query, key[:, :, :kv_heads], value[:, :, :kv_heads]))
+    return query, key, value, psa.draw_offsets(jax.random.key(seed), query, key, **SIZES)
+
+
+def expect_scores(query, key, offsets, scale):
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    batch, tokens, heads, _ = query.shape
+    query_blocks, key_blocks = -(-tokens // 16), -(-tokens // 64)
+    scores = np.zeros((batch, heads, query_blocks, key_blocks))
+    for b, h, i in np.ndindex(batch, heads, query_blocks):
+        g = h * key.shape[2] // heads
+        rows = [min(16 * i + n, tokens - 1) for n in np.asarray(offsets[0])[b, h]]
+        places = [[min(64 * j + n, tokens - 1) for n in np.asarray(offsets[1])[b, g]] for j in range(key_blocks)]
+        best = np.array([[(scale * key[b, block, g] @ query[b, t, h]).max() for block in places] for t in rows])
+        scores[b, h, i] = np.exp(best - best.max(1, keepdims=True)).max(0)
+    return scores
+
+
+def expect_level_ends(sorted_scores, rule, bounds):
+    """Ends of levels 1, 2, 4, 8 in one ranking; 1, 1, 2, 4 blocks of 64 keys fill a tile of 32."""
+    size, ends, last = len(sorted_scores), [], 0
+    share = np.cumsum(sorted_scores) / sorted_scores.sum()
+    for level, bound in zip((1, 2, 4, 8), bounds, strict=True):
+        if rule == "rank":
+            end = int(size * bound)
+        else:
+            within = sum(part <= bound + 1e-6 for part in share)
+            end = within + 1 if within else last
+            if level == 1:
+                end = max(end, int(0.06 * size) + 1)
+        end = min(end, size)
+        multiple = max(1, level // 2)
+        while end > last and (end - last) % multiple:
+            end += 1
+        if end >= size:
+            end = size
+            while (end - last) % multiple:
+                end -= 1
+        last = max(end, last)
+        ends.append(last)
+    return ends
+
+
+def expect_levels(query, key, offsets, rule, bounds, scale=8**-0.5):
+    scores = expect_scores(query, key, offsets, scale)
+    levels = np.zeros(scores.shape, int)
+    for b, h, i in np.ndindex(scores.shape[:3]):
+        ranking = np.argsort(-scores[b, h, i], kind="stable")
+        ends = expect_level_ends(scores[b, h, i][ranking], rule, bounds)
+        for place, block in enumerate(ranking):
+            reached = [level for level, end in zip((1, 2, 4, 8), ends, strict=True) if place < end]
+            levels[b, h, i, block] = reached[0] if reached else 0
+    return levels
+
+
+def expect_cap(key, thresholds):
+    """Of every key block, by the mean cosine of the keys 1, 3 and 7 apart that it has."""
+    key = np.asarray(key, np.float64)
+    cap = np.ones((key.shape[0], key.shape[2], -(-key.shape[1] // 64)), int)
+    for (b, g, j), (level, threshold) in itertools.product(
+        np.ndindex(cap.shape), zip((2, 4, 8), thresholds, strict=True)
+    ):
+        block = key[b, 64 * j : 64 * j + 64, g]
+        block = block / np.linalg.norm(block, axis=-1, keepdims=True)
+        cosines = [block[n] @ block[n + level - 1] for n in range(0, len(block) - level + 1, level)]
+        if cosines and np.mean(cosines) > threshold:
+            cap[b, g, j] = level
+    return cap
+
+
+def expect_attention(query, key, value, levels, d_output, filled_to=None):
+    """Dense softmax over all keys and means, each seen where its block has its level: output and gradients.
+
+    The logarithm of a mean's count rides on one more feature. Keys are means of copies of the last up to filled_to.
+    """
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    scale, tokens = query.shape[3] ** -0.5, key.shape[1]
+    means, counts, rows = [], [], []  # of the pyramid: weights of the keys, their number; who sees it
+    for level in (1, 2, 4, 8):
+        for start in range(0, tokens if level == 1 else filled_to or tokens, level):
+            run = [min(n, tokens - 1) for n in range(start, min(start + level, filled_to or tokens))]
+            means.append(np.bincount(run, minlength=tokens) / len(run))
+            counts.append(len(run))
+            rows.append((levels[:, :, :, start // 64] == level).repeat(16, 2)[:, :, :tokens])
+    means, mask = np.array(means), np.stack(rows, axis=-1)
+
+    def pool(array):
+        return np.einsum("ns,bskd->bnkd", means, array)
+
+    ones = np.ones((*query.shape[:3], 1))
+    log_counts = np.broadcast_to(np.log(counts)[None, :, None, None] / scale, (*pool(key).shape[:3], 1))
+    output, (d_query, d_key, d_value) = oracle.attention(
+        np.concatenate([query, ones], -1),
+        np.concatenate([pool(key), log_counts], -1),
+        pool(value),
+        mask,
+        scale=scale,
+        d_output=np.asarray(d_output, np.float64),
+    )
+    back = functools.partial(np.einsum, "ns,bnkd->bskd", means)
+    return output, d_query[..., :-1], back(d_key[..., :-1]), back(d_value)
+
+
+def compiled(**options):
+    """Levels and output."""
+
+    @jax.jit
+    def call(query, key, value, offsets):
+        levels = psa.select(query, key, offsets, **SIZES, **options)
+        return levels.levels, psa.attention(query, key, value, offsets, **SIZES, **options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("rule", "bounds"), [("rank", (0.12, 0.3, 0.5, 0.6)), ("rank", (0.3, 0.5, 0.5, 0.95)), ("energy", BOUNDS)]
+)
+def test_levels_equal_loops(rule, bounds, strict_ranks):
+    query, key, _, offsets = draw()
+    expected = expect_levels(query, key, offsets, rule, bounds)
+    levels = jax.jit(functools.partial(psa.select, **SIZES, rule=rule, bounds=bounds))(query, key, offsets)
+    np.testing.assert_array_equal(levels.levels, expected)
+
+
+def test_attention_and_gradients_equal_float64(strict_ranks):
+    query, key, value, offsets = draw()
+    d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
+    thresholds = (0.2, 0.45, 0.7)
+    options = {**SIZES, "rule": "energy", "bounds": BOUNDS, "similarity_thresholds": thresholds, "text_length": 70}
+
+    @jax.jit
+    def call(query, key, value, d_output):
+        levels = psa.select(query, key, offsets, **options)
+        output, pullback = jax.vjp(lambda *x: psa.attention(*x, offsets, **options), query, key, value)
+        return levels.levels, output, *pullback(d_output)
+
+    levels, *results = call(query, key, value, d_output)
+    expected = expect_levels(query, key, offsets, "energy", BOUNDS)
+    assert set(np.unique(expected)) == {0, 1, 2, 4, 8}
+    expected[..., -2:] = 1  # 70 of 563 tokens reach into the last but one of nine blocks
+    cap = expect_cap(key, thresholds)
+    assert set(np.unique(cap)) == {1, 2, 4, 8}
+    np.testing.assert_array_equal(levels, np.minimum(expected, cap.repeat(2, 1)[:, :, None]))
+    for actual, wanted in zip(results, expect_attention(query, key, value, np.asarray(levels), d_output), strict=True):
+        assert_close(actual, wanted, "float32")
+
+
+def test_published_copies_of_the_last_token_count():
+    query, key, value, offsets = draw(tokens=200, heads=2)
+    levels, output = compiled(bounds=(0.25, 0.45, 1.0, 1.0), as_published=True)(query, key, value, offsets)
+    assert (np.asarray(levels)[..., -1] > 1).any()
+    expected, *_ = expect_attention(query, key, value, np.asarray(levels), query, filled_to=256)
+    assert_close(output, expected, "float32")
+
+
+def test_dtype_and_rows():
+    query, key, value, offsets = draw(tokens=200, dtype=jnp.bfloat16)
+    attend = compiled(bounds=(0.25, 0.5, 0.75, 0.75))
+    levels, output = attend(query, key, value, offsets)
+    assert output.dtype == jnp.bfloat16
+    expected, *_ = expect_attention(query, key, value, np.asarray(levels), query)
+    assert_close(output, expected, "bfloat16")
+    for array in (query, key, value):
+        array[0] = np.nan
+    for beside_nan, alone in zip(attend(query, key, value, offsets), (levels, output), strict=True):
+        np.testing.assert_array_equal(beside_nan[1], alone[1])
+
+
+def test_places_are_drawn_once_each():
+    query, key, _, offsets = draw()
+    assert [places.shape for places in offsets] == [(2, 4, 4), (2, 2, 16)]
+    for places, size in zip(offsets, (16, 64), strict=True):
+        ordered = np.sort(places)
+        assert (np.diff(ordered) > 0).all()
+        assert ordered.min() >= 0
+        assert ordered.max() < size
+    other = psa.draw_offsets(jax.random.key(1), query, key, **SIZES)
+    assert (np.asarray(other[1]) != np.asarray(offsets[1])).any()
+
+
+def test_bad_arguments_are_named():
+    query, key, value, offsets = draw()
+    for options, message in (
+        ({"bounds": (0.5, 0.4, 0.6, 0.7)}, "bounds must be"),
+        ({"rule": "best"}, "rule must be"),
+        ({"query_block_size": 3}, "query_block_size must be"),
+        ({"key_block_size": 36}, "key_block_size must be"),
+        ({"text_length": -1}, "text_length must be"),
+        ({"key_block_size": 128}, "offsets must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            psa.attention(query, key, value, offsets, **{**SIZES, **options})
