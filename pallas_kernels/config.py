@@ -76,5 +76,11 @@ class TritonConfig:
             elif name != "chunk_bytes" and (size < smallest or size & (size - 1)):
                 raise ValueError(f"{name} must be a power of two, at least {smallest}, got {name}={size}")
 
+    def for_rows(self, row_bytes: int) -> "TritonConfig":
+        """Smaller tiles for rows of more than 256 bytes, a power of two, so that they take no more room."""
+        share = max(row_bytes // 256, 1)
+        names = ("tile_size", "key_size", "backward_tile_size", "merge_rows", "route_queries", "means_keys")
+        return dataclasses.replace(self, **{name: max(getattr(self, name) // share, 16) for name in names})
+
 
 TRITON = TritonConfig()

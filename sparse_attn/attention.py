@@ -1,7 +1,7 @@
 """The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
 
 from collections.abc import Callable
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -206,11 +206,32 @@ def _resolve(
     """The functions that route and attend."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
-    if implementation == "pallas":
-        raise NotImplementedError(f"implementation='pallas' has no kernels for {jax.default_backend()} yet; use 'xla'")
+    has_kernels = jax.default_backend() == "tpu"
+    if implementation == "pallas" and not has_kernels:
+        raise NotImplementedError(
+            f"implementation='pallas' has kernels for TPU, none for {jax.default_backend()}; use 'xla'"
+        )
     if implementation == "reference":
         return reference.route, reference.attend
-    return routing.route, xla.attend
+    if implementation == "xla" or not has_kernels:
+        return routing.route, xla.attend
+    from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
+
+    if implementation == "pallas":
+        return pallas.route, pallas.attend
+    return _first_supported(pallas.route, routing.route), _first_supported(pallas.attend, xla.attend)
+
+
+def _first_supported(preferred: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes the fallback for calls that the preferred one cannot do."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return preferred(*args, **options)
+        except NotImplementedError:
+            return fallback(*args, **options)
+
+    return call
 
 
 def _prepare(

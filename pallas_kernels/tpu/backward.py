@@ -1,0 +1,283 @@
+"""Gradients of attention for choices made per query, on a TPU: one pass for dQ, dK and dV, without atomics.
+
+Tiling. As in `forward`: a chunk of rows stays in VMEM, the grid walks its (query, block) pairs sorted by block. A step
+is one tile of `backward_tile_size` pairs of one stretch of keys. It fetches its rows (query, gradient of the output,
+key_stop, log-sum-exp and delta, all in one row), computes the probabilities again, P = exp(logits - log_sum_exp), and
+dS = P (dO V^T - delta). dK += dS^T Q and dV += P^T dO stay in VMEM as long as the stretch is the same, for the tiles of
+a stretch follow one another; dQ = dS K is added, row by row, to the chunk's rows.
+
+Sums over chunks. dK and dV go in and out through the same memory: the first tile of a stretch adds to what earlier
+chunks left. A stretch is visited in one run of tiles, so the pipeline never reads what it has yet to write.
+The order of all additions is that of the schedule: the same bits in every run.
+
+Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: rows 32 MB, dQ 16 MB; keys, values, dK and dV of two stretches, in
+and out, 0.6 MB. SMEM as in `forward`.
+
+Speed. Five products instead of two, and twice the words to fetch a row; adding to dQ is half a row of the forward's.
+A tile alone waits for the latency of its chain (logits, exp2, dS, products), which 256 pairs hide half of.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
+from pallas_kernels.tpu import key_work
+from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, TN, Tiles
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    indices: jax.Array,
+    output: jax.Array,
+    log_sum_exp: jax.Array,
+    d_output: jax.Array,
+    d_log_sum_exp: jax.Array,
+    *,
+    block_start: jax.Array,
+    block_length: jax.Array,
+    key_stop: jax.Array,
+    block_size: int,
+    is_packed: bool,
+    scale: float,
+    config: KeyMajorConfig = KEY_MAJOR,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `attend_forward` for query, key and value.
+
+    With P = exp(scale Q K^T - L), delta = sum(dO O) - dL and dS = scale P (dO V^T - delta): dQ = dS K, dK = dS^T Q,
+    dV = P^T dO. Source: FlashAttention-2 (arXiv 2307.08691), section 2.
+
+    Args:
+      query, key, value, indices, and what is named: as there.
+      output: what `attend_forward` gave, `[batch, queries, heads, head_dim]`.
+      log_sum_exp: what it gave, float32 `[batch, queries, heads]`.
+      d_output: gradient of the output, like it.
+      d_log_sum_exp: gradient of the log-sum-exp, like it.
+
+    Returns:
+      Gradients of query, key and value, like them. Zero for a query without blocks.
+
+    Raises:
+      NotImplementedError: as `attend_forward`.
+    """
+    key_work.check_supported(query, block_size)
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    cut = key_work.Cut.of(block_size, is_packed)
+    num_rows = num_queries * num_heads // kv_heads
+    lanes = key_work.round_up(head_dim, LANES)
+    num_words = 2 * key_work.words_of(head_dim, query.dtype) + 3
+    chunk_rows = key_work.chunk_rows(
+        num_rows,
+        bytes_per_row=key_work.row_bytes(num_words) + key_work.row_bytes(lanes),
+        pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
+        num_pieces=block_start.shape[1] * cut.pieces_per_block,
+        tile_size=config.backward_tile_size,
+        config=config,
+    )
+    split = functools.partial(
+        key_work.split_heads, kv_heads=kv_heads, num_chunks=-(-num_rows // chunk_rows), chunk_rows=chunk_rows
+    )
+    reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
+    delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
+    log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)
+
+    def differentiate_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key, value, block_start, block_length, *chunks = arrays
+
+        def differentiate_chunk(
+            sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            indices, *row = chunk  # [chunk_rows, x]
+            ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
+            tiles = key_work.make_tiles(
+                ids, pieces, num_stretches=key.shape[0], tile_size=config.backward_tile_size, tiles_per_step=1
+            )
+            d_query, d_key, d_value = differentiate_tiles(
+                key_work.pack_rows(*row),
+                key,
+                value,
+                *sums,
+                tiles,
+                head_dim=head_dim,
+                is_aligned=cut.is_aligned,
+                scale=scale,
+                config=config,
+                interpret=interpret,
+            )
+            d_query = d_query[:chunk_rows].reshape(chunk_rows, lanes)[:, :head_dim]
+            return (d_key, d_value), d_query.astype(query.dtype)
+
+        empty = jnp.zeros((*key.shape[:2], head_dim), jnp.float32)
+        (d_key, d_value), d_query = lax.scan(differentiate_chunk, (empty, empty), tuple(chunks))
+        return d_query, d_key, d_value
+
+    padded_key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
+    heads = (
+        key_work.split_keys(padded_key, cut.stretch_size),
+        key_work.split_keys(value, cut.stretch_size),
+        jnp.repeat(block_start, kv_heads, axis=0),
+        jnp.repeat(block_length, kv_heads, axis=0),
+        split(indices.swapaxes(1, 2) + 1) - 1,  # shifted, so that the rows behind the last query choose nothing
+        split(query),
+        split(d_output.astype(query.dtype)),
+        split(reach),
+        split(log2_sum[..., None]),
+        split(delta[..., None]),
+    )
+    d_query, d_key, d_value = lax.map(jax.custom_batching.sequential_vmap(differentiate_head), heads)
+    return (
+        key_work.join_heads(d_query, batch, num_queries, num_heads),
+        key_work.join_keys(d_key, batch, num_keys).astype(key.dtype),
+        key_work.join_keys(d_value, batch, num_keys).astype(value.dtype),
+    )
+
+
+def differentiate_tiles(
+    rows: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_key: jax.Array,
+    d_value: jax.Array,
+    tiles: Tiles,
+    *,
+    head_dim: int,
+    is_aligned: bool,
+    scale: float,
+    config: KeyMajorConfig,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One chunk: dQ of its rows, and dK and dV with the chunk's share added.
+
+    Args:
+      rows: uint32 `[chunk_rows + 8, parts, 128]`, from `key_work.pack_rows`: query, d_output, key_stop,
+        log_sum_exp * log2(e), delta.
+      key: `[stretches, stretch_size, lanes]`, zeros behind head_dim.
+      value: `[stretches, stretch_size, head_dim]`.
+      d_key: float32 `[stretches, stretch_size, head_dim]`, the sum of the chunks before.
+      d_value: like d_key.
+      tiles: of the chunk, one a step.
+      head_dim: of the queries.
+      is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
+
+    Returns:
+      dQ, float32 `[chunk_rows + 8, lanes / 128, 128]`; dK and dV, like d_key.
+    """
+    tile_size = tiles.row.shape[2]
+    d_query_shape = (rows.shape[0], key.shape[2] // LANES, LANES)
+
+    def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda step, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
+
+    def stretch(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *array.shape[1:]), lambda step, stretch, *_: (stretch[step], 0, 0))
+
+    stretch_bytes = 2 * 6 * 4 * key.shape[1] * key.shape[2]
+    step_bytes = tile_size * 4 * (2 * rows.shape[1] * LANES + 8 * key.shape[1] + 4 * key.shape[2])
+    return pl.pallas_call(
+        functools.partial(_kernel, size=_Size(tile_size, head_dim, key.shape[1], is_aligned, scale)),
+        out_shape=(
+            jax.ShapeDtypeStruct(d_query_shape, jnp.float32),
+            jax.ShapeDtypeStruct(d_key.shape, jnp.float32),
+            jax.ShapeDtypeStruct(d_value.shape, jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(tiles.num_steps,),
+            in_specs=[
+                pl.BlockSpec((1, 1, tile_size), lambda step, *_: (step, 0, 0), memory_space=pltpu.SMEM),
+                whole(rows.shape),
+                stretch(key),
+                stretch(value),
+                stretch(d_key),
+                stretch(d_value),
+            ],
+            out_specs=(whole(d_query_shape), stretch(d_key), stretch(d_value)),
+            scratch_shapes=[
+                pltpu.VMEM((tile_size * rows.shape[1], LANES), jnp.uint32),
+                pltpu.VMEM((tile_size * d_query_shape[1], LANES), jnp.float32),
+            ],
+        ),
+        input_output_aliases={7: 1, 8: 2},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=config.chunk_bytes + (4 << 20) + stretch_bytes + step_bytes,
+            disable_bounds_checks=True,  # the interpreter checks them in the tests
+        ),
+        name="attend_backward",
+        interpret=interpret,
+    )(tiles.stretch, tiles.start, tiles.stop, tiles.row, rows, key, value, d_key, d_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """Static sizes of a step."""
+
+    tile_size: int
+    head_dim: int
+    stretch_size: int
+    is_aligned: bool
+    scale: float
+
+
+def _kernel(
+    stretch_ref: Any,  # SMEM [tiles]
+    start_ref: Any,  # SMEM [tiles]
+    stop_ref: Any,  # SMEM [tiles]
+    row_ref: Any,  # SMEM [1, 1, pairs]
+    rows_ref: Any,  # [chunk_rows + 8, parts, 128]
+    key_ref: Any,  # [1, stretch_size, lanes]
+    value_ref: Any,  # [1, stretch_size, head_dim]
+    old_d_key_ref: Any,  # [1, stretch_size, head_dim]
+    old_d_value_ref: Any,
+    d_query_ref: Any,  # [chunk_rows + 8, lanes / 128, 128]
+    d_key_ref: Any,
+    d_value_ref: Any,
+    fetched_ref: Any,  # [pairs * parts, 128]
+    result_ref: Any,  # [pairs * lanes / 128, 128]
+    *,
+    size: _Size,
+) -> None:
+    tile = pl.program_id(0)
+    stretch, dtype = stretch_ref[tile], key_ref.dtype
+
+    @pl.when(tile == 0)
+    def _() -> None:
+        key_work.fill_rows(d_query_ref, jnp.zeros(d_query_ref.shape[1:], jnp.float32))
+
+    @pl.when((tile == 0) | (stretch != stretch_ref[jnp.maximum(tile - 1, 0)]))
+    def _() -> None:
+        d_key_ref[...] = old_d_key_ref[...]
+        d_value_ref[...] = old_d_value_ref[...]
+
+    key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
+    rows = key_work.read_rows(fetched_ref, 0, size.tile_size, rows_ref.shape[1])
+    num_words = key_work.words_of(size.head_dim, dtype)
+    query = key_work.from_words(rows, 0, size.head_dim, dtype)  # [pairs, head_dim]
+    d_output = key_work.from_words(rows, num_words, size.head_dim, dtype)
+    key_stop, log_sum_exp, delta = (rows[:, 2 * num_words + i : 2 * num_words + i + 1] for i in range(3))  # [pairs, 1]
+    log_sum_exp, delta = (lax.bitcast_convert_type(column, jnp.float32) for column in (log_sum_exp, delta))
+    start, stop = start_ref[tile], stop_ref[tile]
+    key_stop = lax.bitcast_convert_type(key_stop, jnp.int32)
+    is_seen = key_work.is_seen(start, stop, key_stop, stretch, size.stretch_size)
+
+    key = key_ref[0]  # [stretch_size, lanes]
+    if not size.is_aligned:  # keys of other segments, whatever they hold, must not even meet a zero
+        key = key_work.clear_outside(key, start, stop, stretch)
+    logits = key_work.product(query, key[:, : size.head_dim], NT) * (size.scale * LOG2_E)  # [pairs, stretch_size]
+    d_probability = key_work.product(d_output, value_ref[0], NT)
+    probability = jnp.where(is_seen, jnp.exp2(logits - log_sum_exp), 0.0)
+    d_logits = jnp.where(is_seen, probability * (d_probability - delta) * size.scale, 0.0).astype(dtype)
+    d_value_ref[0] += key_work.product(probability.astype(dtype), d_output, TN)
+    d_key_ref[0] += key_work.product(d_logits, query, TN)
+    key_work.write_rows(result_ref, 0, key_work.product(d_logits, key, NN), d_query_ref.shape[1])
+    key_work.add_rows(row_ref, result_ref, d_query_ref)

@@ -1,0 +1,330 @@
+"""What the key-major kernels share: rows of queries as they lie on chip, pieces of key blocks, chunks and their tiles.
+
+Rows. A chunk's queries are rows that the kernels fetch by number, one at a time, and a row on chip is a whole number of
+128 words of 32 bits: only such rows can be addressed singly. float32 takes a word an element; two bfloat16 share a
+word, elements e and e + head_dim / 2. What else a kernel needs to know about a query (how far it sees, statistics of
+its softmax) follows in the words behind, so that one fetch brings all.
+
+Pieces. Keys lie in HBM in stretches: block_size keys, rounded up to 16. Where blocks are as long as stretches and start
+where they do, block and stretch are one. Packed sequences start blocks anywhere; such a block is cut where a stretch
+ends, into two pieces at most. A tile then is a run of pairs that share one piece: it loads the piece's stretch and sees
+the keys from `start` to `stop` of it. Everything behind this file knows pieces only.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.config import KeyMajorConfig
+from pallas_kernels.schedule import make_schedule
+
+LANES = 128
+LOG2_E = 1.4426950408889634
+SPARE_ROWS = 8  # behind a chunk's rows; the slots of a tile that hold no pair point to the first
+ROWS_FETCHED = 32  # rows fetched in a straight line of code
+ROWS_AT_ONCE = 16  # rows of an accumulator loaded before any is stored
+
+NT = (((1,), (1,)), ((), ()))  # a b^T
+NN = (((1,), (0,)), ((), ()))  # a b
+TN = (((0,), (0,)), ((), ()))  # a^T b
+
+
+class Pieces(NamedTuple):
+    """Where pieces lie. int32 `[pieces]` each: the stretch, the place of the first key and one past the last."""
+
+    stretch: jax.Array
+    start: jax.Array
+    stop: jax.Array
+
+
+class Tiles(NamedTuple):
+    """Tiles of one chunk.
+
+    Attributes:
+      row: int32 `[steps, 1, tiles_per_step * tile_size]`, the row of each slot, chunk_rows where there is no pair.
+      stretch: int32 `[tiles]`.
+      start: int32 `[tiles]`.
+      stop: int32 `[tiles]`.
+      num_steps: int32 scalar, steps in use, at least 1.
+    """
+
+    row: jax.Array
+    stretch: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    num_steps: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How keys are cut into stretches, and whether blocks keep to them."""
+
+    stretch_size: int
+    is_aligned: bool
+
+    @classmethod
+    def of(cls, block_size: int, is_packed: bool) -> "Cut":
+        return cls(round_up(block_size, 16), not is_packed and block_size % 16 == 0)
+
+    @property
+    def pieces_per_block(self) -> int:
+        return 1 if self.is_aligned else 2
+
+
+def check_supported(query: jax.Array, block_size: int) -> None:
+    """Raises NotImplementedError, with the reason, for what the key-major kernels cannot do."""
+    head_dim = query.shape[-1]
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}")
+    if head_dim % 32 or head_dim > 256:
+        raise NotImplementedError(
+            f"the TPU kernels take a head_dim that is a multiple of 32 up to 256, got head_dim={head_dim}: rows are "
+            "fetched as whole words of 32 bits and a chunk of longer ones does not fit on chip"
+        )
+    if not 16 <= block_size <= 1024:
+        raise NotImplementedError(
+            f"the TPU kernels take a block_size from 16 to 1024, got block_size={block_size}: a smaller block "
+            "leaves the matrix unit empty, a larger one does not fit on chip"
+        )
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def words_of(head_dim: int, dtype: Any) -> int:
+    """Words of 32 bits that one query takes."""
+    return head_dim if dtype == jnp.float32 else head_dim // 2
+
+
+def row_bytes(num_words: int) -> int:
+    """On-chip bytes of a row: whole lanes, and their number rounded up to a power of two."""
+    return 4 * LANES * (1 << (-(-num_words // LANES) - 1).bit_length())
+
+
+def to_words(array: jax.Array) -> jax.Array:
+    """`[..., head_dim]` float32 or bfloat16 to uint32 `[..., words]`; two bfloat16 a word, the lower half first."""
+    if array.dtype == jnp.float32:
+        return lax.bitcast_convert_type(array, jnp.uint32)
+    half = array.shape[-1] // 2
+    bits = lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32)
+    return bits[..., :half] | (bits[..., half:] << 16)
+
+
+def pack_rows(*parts: jax.Array) -> jax.Array:
+    """Puts the words of each row side by side, and the spare rows behind.
+
+    Args:
+      parts: `[chunk_rows, x]` each, float32, bfloat16 or int32.
+
+    Returns:
+      uint32 `[chunk_rows + 8, lanes / 128, 128]`, zero where there is nothing.
+    """
+    words = [
+        lax.bitcast_convert_type(part, jnp.uint32) if part.dtype == jnp.int32 else to_words(part) for part in parts
+    ]
+    row = jnp.concatenate(words, axis=-1)
+    row = jnp.pad(row, ((0, SPARE_ROWS), (0, -row.shape[-1] % LANES)))
+    return row.reshape(row.shape[0], -1, LANES)
+
+
+def read_rows(ref: Any, first: int, num_rows: int, parts: int) -> jax.Array:
+    """Rows of `[rows * parts, 128]`, where a row's parts lie under each other, side by side: `[rows, parts * 128]`."""
+    if parts == 1:
+        return ref[pl.ds(first, num_rows), :]
+    pieces = [ref[pl.ds(first * parts + part, num_rows, stride=parts), :] for part in range(parts)]
+    return jnp.concatenate(pieces, axis=1)
+
+
+def write_rows(ref: Any, first: int, rows: jax.Array, parts: int) -> None:
+    """Undoes `read_rows`."""
+    num_rows = rows.shape[0]
+    if parts == 1:
+        ref[pl.ds(first, num_rows), :] = rows
+        return
+    for part in range(parts):
+        ref[pl.ds(first * parts + part, num_rows, stride=parts), :] = rows[:, part * LANES : (part + 1) * LANES]
+
+
+def from_words(rows: jax.Array, first: int, head_dim: int, dtype: Any) -> jax.Array:
+    """In a kernel: the `head_dim` numbers whose words begin at `first` of uint32 `[rows, lanes]`."""
+    words = rows[:, first : first + words_of(head_dim, dtype)]
+    if dtype == jnp.float32:
+        return lax.bitcast_convert_type(words, jnp.float32)
+    low = lax.bitcast_convert_type(words << 16, jnp.float32)
+    high = lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.concatenate([low, high], axis=1).astype(dtype)
+
+
+def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
+    """Matrix product in float32; float32 operands at full precision: the matrix unit rounds to bfloat16."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def is_seen(start: Any, stop: Any, key_stop: jax.Array, stretch: Any, stretch_size: int) -> jax.Array:
+    """In a kernel: which query of a tile sees which key of its stretch, bool `[pairs, stretch_size]`.
+
+    Args:
+      start: scalar, place of the first key of the piece.
+      stop: scalar, one past its last.
+      key_stop: int32 `[pairs, 1]`.
+      stretch: scalar, number of the stretch.
+      stretch_size: keys of a stretch.
+    """
+    place = lax.broadcasted_iota(jnp.int32, (key_stop.shape[0], stretch_size), 1) + stretch * stretch_size
+    return (place >= start) & (place < jnp.minimum(key_stop, stop))
+
+
+def clear_outside(array: jax.Array, start: Any, stop: Any, stretch: Any) -> jax.Array:
+    """In a kernel: zeros in place of the keys of a stretch `[stretch_size, x]` that are not of the piece."""
+    place = lax.broadcasted_iota(jnp.int32, array.shape, 0) + stretch * array.shape[0]
+    return jnp.where((place >= start) & (place < stop), array, 0)
+
+
+def fill_rows(ref: Any, row: jax.Array) -> None:
+    """In a kernel: sets all rows of `[rows, parts, 128]`, a multiple of 8 of them, to `[parts, 128]`."""
+    rows = jnp.broadcast_to(row[None], (8, *row.shape))
+
+    def fill(batch: Any, carry: None) -> None:
+        ref[pl.ds(pl.multiple_of(batch * 8, 8), 8)] = rows
+        return carry
+
+    lax.fori_loop(0, ref.shape[0] // 8, fill, None)
+
+
+def fetch_rows(row_ref: Any, rows_ref: Any, fetched_ref: Any) -> None:
+    """In a kernel: copies rows by number. SMEM `[1, 1, slots]`, `[rows, parts, 128]` to `[slots * parts, 128]`."""
+    parts = rows_ref.shape[1]
+
+    def fetch(batch: Any, carry: None) -> None:
+        first = pl.multiple_of(batch * ROWS_FETCHED, ROWS_FETCHED)
+        for slot in range(ROWS_FETCHED):
+            fetched_ref[pl.ds((first + slot) * parts, parts), :] = rows_ref[row_ref[0, 0, first + slot]]
+        return carry
+
+    lax.fori_loop(0, row_ref.shape[2] // ROWS_FETCHED, fetch, None)
+
+
+def add_rows(row_ref: Any, result_ref: Any, rows_ref: Any) -> None:
+    """In a kernel: adds rows by number. SMEM `[1, 1, slots]`, `[slots * parts, 128]` to `[rows, parts, 128]`.
+
+    The rows of a batch must differ, for all are loaded before any is stored; the row of padding may lose what it gets.
+    """
+    parts = rows_ref.shape[1]
+
+    def add(batch: Any, carry: None) -> None:
+        first = pl.multiple_of(batch * ROWS_AT_ONCE, ROWS_AT_ONCE)
+        rows = [row_ref[0, 0, first + slot] for slot in range(ROWS_AT_ONCE)]
+        sums = [rows_ref[row] + result_ref[pl.ds((first + slot) * parts, parts), :] for slot, row in enumerate(rows)]
+        for row, new in zip(rows, sums, strict=True):
+            rows_ref[row] = new
+        return carry
+
+    lax.fori_loop(0, row_ref.shape[2] // ROWS_AT_ONCE, add, None)
+
+
+def split_heads(array: jax.Array, kv_heads: int, num_chunks: int, chunk_rows: int) -> jax.Array:
+    """`[batch, queries, heads, x]` to `[batch * kv_heads, chunks, chunk_rows, x]`, zeros behind the last query."""
+    batch, num_queries, _, size = array.shape
+    array = array.reshape(batch, num_queries, kv_heads, -1, size).swapaxes(1, 2)
+    array = array.reshape(batch * kv_heads, -1, size)
+    array = jnp.pad(array, ((0, 0), (0, num_chunks * chunk_rows - array.shape[1]), (0, 0)))
+    return array.reshape(batch * kv_heads, num_chunks, chunk_rows, size)
+
+
+def join_heads(array: jax.Array, batch: int, num_queries: int, num_heads: int) -> jax.Array:
+    """Undoes `split_heads`."""
+    num_rows, size = array.shape[0], array.shape[-1]
+    kv_heads = num_rows // batch
+    array = array.reshape(batch, kv_heads, -1, size)[:, :, : num_queries * (num_heads // kv_heads)]
+    array = array.reshape(batch, kv_heads, num_queries, -1, size)
+    return array.swapaxes(1, 2).reshape(batch, num_queries, num_heads, size)
+
+
+def split_keys(array: jax.Array, stretch_size: int) -> jax.Array:
+    """`[batch, keys, kv_heads, x]` to `[batch * kv_heads, stretches, stretch_size, x]`, zeros behind the last key."""
+    batch, num_keys, kv_heads, size = array.shape
+    array = jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, -num_keys % stretch_size), (0, 0)))
+    return array.reshape(batch * kv_heads, -1, stretch_size, size)
+
+
+def join_keys(array: jax.Array, batch: int, num_keys: int) -> jax.Array:
+    """Undoes `split_keys`."""
+    num_rows, num_stretches, stretch_size, size = array.shape
+    array = array.reshape(batch, num_rows // batch, num_stretches * stretch_size, size)
+    return array[:, :, :num_keys].swapaxes(1, 2)
+
+
+def make_pieces(
+    indices: jax.Array, block_start: jax.Array, block_length: jax.Array, cut: Cut
+) -> tuple[jax.Array, Pieces]:
+    """Cuts chosen blocks into pieces, for one batch row.
+
+    Args:
+      indices: int32 `[rows, top_k]`, the blocks of each row, -1 for none.
+      block_start: int32 `[blocks]`, place of a block's first key.
+      block_length: int32 `[blocks]`, keys in the block.
+      cut: of the keys.
+
+    Returns:
+      Ids of pieces in the order of their places, int32 `[rows, top_k or twice as many]`, and the pieces.
+    """
+    block_stop = block_start + block_length
+    if cut.is_aligned:
+        stretch = jnp.arange(block_start.size, dtype=jnp.int32)
+        return indices, Pieces(stretch, block_start, block_stop)
+    stretch = block_start // cut.stretch_size
+    middle = jnp.minimum((stretch + 1) * cut.stretch_size, block_stop)
+    pairs = (stretch, stretch + 1), (block_start, middle), (middle, block_stop)
+    pieces = Pieces(*(jnp.stack(pair, axis=1).reshape(-1) for pair in pairs))
+    is_cut = (middle < block_stop).at[indices].get(mode="fill", fill_value=False)  # [rows, top_k]
+    first = jnp.where(indices < 0, -1, 2 * indices)
+    second = jnp.where((indices < 0) | ~is_cut, -1, 2 * indices + 1)
+    return jnp.concatenate([first, second], axis=1), pieces
+
+
+def make_tiles(
+    piece_ids: jax.Array, pieces: Pieces, *, num_stretches: int, tile_size: int, tiles_per_step: int
+) -> Tiles:
+    """Sorts the pairs of a chunk by piece and cuts them into tiles.
+
+    Args:
+      piece_ids: int32 `[chunk_rows, pieces of a row]`, -1 for none.
+      pieces: of this batch row.
+      num_stretches: how many there are.
+      tile_size: pairs of a tile.
+      tiles_per_step: tiles of a step.
+    """
+    schedule = make_schedule(
+        piece_ids, num_blocks=pieces.start.size, tile_size=tile_size, tiles_per_step=tiles_per_step
+    )
+    row = schedule.pair // piece_ids.shape[1]
+    return Tiles(
+        row=row.reshape(-1, 1, tiles_per_step * tile_size),
+        stretch=jnp.minimum(pieces.stretch[schedule.block], num_stretches - 1),
+        start=pieces.start[schedule.block],
+        stop=pieces.stop[schedule.block],
+        num_steps=jnp.maximum(-(-schedule.num_tiles // tiles_per_step), 1),
+    )
+
+
+def chunk_rows(
+    num_rows: int, *, bytes_per_row: int, pairs_per_row: int, num_pieces: int, tile_size: int, config: KeyMajorConfig
+) -> int:
+    """How many rows a chunk has: as many as memory and tables allow, and chunks about equally long."""
+    rows = config.chunk_bytes // bytes_per_row - SPARE_ROWS
+    entries = config.table_entries
+    if num_pieces <= entries // 2:  # tiles <= pairs / tile_size + pieces
+        rows = min(rows, (entries - num_pieces) * tile_size // pairs_per_row)
+    else:  # tiles <= pairs / tile_size + pairs
+        rows = min(rows, entries * tile_size // ((tile_size + 1) * pairs_per_row))
+    if rows < 8:
+        raise NotImplementedError(
+            f"the TPU kernels keep the tiles of at least 8 queries in scalar memory, got {pairs_per_row} pairs a query"
+        )
+    return round_up(-(-num_rows // -(-num_rows // (rows // 8 * 8))), 8)

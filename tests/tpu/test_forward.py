@@ -1,0 +1,72 @@
+"""The key-major TPU forward kernels, interpreted on a CPU, against the NumPy oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.tpu import forward
+from sparse_attn import pallas
+from sparse_attn.layout import make_layout
+from tests import cases
+from tests.tpu.key_major import CASES, SMALL, expected, make_inputs, prepare, scale_of
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("strict_ranks")]
+
+
+def bounds(case):
+    """Bound of the logits of each key/value head, in units of log2: which kernel it takes."""
+    arrays, _, _ = make_inputs(case)
+    query, key = (np.linalg.norm(arrays[name].astype(np.float64), axis=-1) for name in ("query", "key"))
+    query = np.nanmax(query.reshape(*query.shape[:2], case.kv_heads, -1), axis=(0, 1, 3))
+    return query * np.nanmax(key, axis=(0, 1)) * scale_of(case) * np.log2(np.e)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_kernels_give_the_oracle_s_output_and_log_sum_exp(case, interpret):
+    arrays, sequences, selection = make_inputs(case)
+    assert bounds(case).min() < forward.FIXED_RANGE / 1.2 < forward.FIXED_RANGE * 1.2 < bounds(case).max()
+
+    @jax.jit
+    def call(query, key, value, indices, sequences):
+        arrays, layout = prepare(case, query, key, value, sequences)
+        return pallas.attend(*arrays, indices, layout, scale=scale_of(case), config=SMALL, interpret=interpret)
+
+    output, log_sum_exp = call(arrays["query"], arrays["key"], arrays["value"], selection, sequences)
+    want, want_log_sum_exp, _ = expected(case)
+    assert output.dtype == cases.as_dtype(case.dtype)
+    assert log_sum_exp.dtype == jnp.float32
+    cases.assert_close(output, want, case.dtype)
+    is_empty = np.isneginf(want_log_sum_exp)
+    np.testing.assert_array_equal(np.isneginf(log_sum_exp), is_empty)
+    np.testing.assert_array_equal(np.asarray(output, np.float32)[is_empty], 0)
+    cases.assert_close(np.asarray(log_sum_exp)[~is_empty], want_log_sum_exp[~is_empty], case.dtype)
+
+
+def test_logits_at_the_edge_of_the_range_and_beyond_neither_overflow_nor_vanish(interpret):
+    """Equal keys weigh the same however large the logit, and the log-sum-exp moves by the logit."""
+    logits = np.array([-2000, -79.9, -1, 79.9, 2000], np.float32)  # times log2(e), one a head
+    tokens, block_size, head_dim = 32, 16, 64
+    query = np.zeros((1, tokens, logits.size, head_dim), np.float32)
+    key = np.zeros_like(query)
+    query[..., 0], key[..., 0] = logits / np.log2(np.e), 1
+    value = np.random.default_rng(0).standard_normal(query.shape).astype(np.float32)
+    indices = np.broadcast_to(np.array([0, 1], np.int32), (1, logits.size, tokens, 2))
+    layout = make_layout(tokens, tokens, batch_size=1, block_size=block_size, is_causal=True)
+    output, log_sum_exp = jax.jit(
+        lambda *arrays: pallas.attend(*arrays, layout, scale=1.0, config=SMALL, interpret=interpret)
+    )(query, key, value, indices)
+    number = np.arange(1, tokens + 1)
+    cases.assert_close(output[0], value[0].cumsum(0) / number[:, None, None], "float32")
+    cases.assert_close(log_sum_exp[0], np.log(number)[:, None] + logits / np.log2(np.e), "float32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "block_size", "word"),
+    [("float16", 64, 16, "float16"), ("float32", 40, 16, "head_dim=40"), ("float32", 64, 8, "block_size=8")],
+)
+def test_what_the_kernels_cannot_do_is_refused_with_the_reason_S10(dtype, head_dim, block_size, word):
+    array = jnp.zeros((1, 32, 1, head_dim), dtype)
+    layout = make_layout(32, 32, batch_size=1, block_size=block_size, is_causal=True)
+    with pytest.raises(NotImplementedError, match=word):
+        pallas.attend(array, array, array, jnp.zeros((1, 1, 32, 1), jnp.int32), layout, scale=1.0)
