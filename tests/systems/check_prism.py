@@ -1,0 +1,46 @@
+"""Prism against its authors' temperatures, weights, choice and output."""
+
+import functools
+
+import jax
+import numpy as np
+
+from sparse_attn.grammar import choose
+from sparse_attn.grammar.describe import split_blocks
+from sparse_attn.systems import prism
+from sparse_attn.visibility import make_visibility, visible_blocks
+
+assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+
+def check(arrays):
+    query, key, value = (arrays[name].swapaxes(1, 2) for name in "qkv")
+    assert key.shape[2] == arrays["n_kv_heads"].item()
+    assert arrays["force_sink"].item()
+    assert arrays["force_recent"].item()
+    size = arrays["block_size"].item()
+    temperatures = None
+    if not arrays["calibrate"].item():
+        temperatures = (arrays["high_freq_temp"].item(), arrays["low_freq_temp"].item())
+    means = [split_blocks(array, size).mean(2) for array in (query, key)]
+    visible = visible_blocks(make_visibility(query, key, is_causal=True), size, size)
+    for band, is_high, temperature in zip(("high", "low"), (True, False), temperatures or (None, None), strict=True):
+        options = {"size": arrays[f"{band}_freq_dim"].item(), "is_high": is_high, "temperature": temperature}
+        probability, tau = jax.jit(functools.partial(prism.band_probability, **options))(*means, visible)
+        assert_close(tau, arrays[f"tau_{band}"])
+        assert_close(probability, arrays[f"probs_{band}"])
+        mask = choose.top_p(probability, arrays[f"{band}_threshold_f64"].item())
+        np.testing.assert_array_equal(mask, arrays[f"mask_{band}"])
+
+    options = {
+        "high_size": arrays["high_freq_dim"].item(),
+        "low_size": arrays["low_freq_dim"].item(),
+        "high_threshold": arrays["high_threshold_f64"].item(),
+        "low_threshold": arrays["low_threshold_f64"].item(),
+        "block_size": size,
+        "temperatures": temperatures,
+    }
+    levels = jax.jit(functools.partial(prism.select, **options))(query, key)
+    np.testing.assert_array_equal(levels.to_mask(), arrays["block_mask"])
+    output = jax.jit(functools.partial(prism.attention, **options))(query, key, value)
+    assert_close(output.swapaxes(1, 2), arrays["output"])
