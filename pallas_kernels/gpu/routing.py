@@ -96,6 +96,7 @@ def route(
       NotImplementedError: a dtype, head_dim or top_k that the kernel cannot do.
     """
     check_supported(query)
+    config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
     if top_k > _LARGEST_TOP_K:
         raise NotImplementedError(f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}")
     batch, num_queries, num_heads, head_dim = query.shape

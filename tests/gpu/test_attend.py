@@ -1,0 +1,105 @@
+"""The GPU kernels that attend, interpreted on a CPU, against loops in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.config import TritonConfig
+from pallas_kernels.gpu.forward import attend_forward
+from sparse_attn.attention import _prepare
+from tests import cases, oracle
+from tests.cases import Case
+
+pytestmark = pytest.mark.timeout(120)
+
+# Small, so that a few pairs have several tiles, a block several stretches of keys, and a head several chunks.
+SMALL = TritonConfig(tile_size=16, key_size=16, backward_tile_size=16, merge_rows=16, chunk_bytes=1 << 14)
+
+CASES = (
+    Case("grouped_ragged", queries=37, keys=37, heads=4, kv_heads=2, head_dim=20, block_size=20, top_k=2, scale=0.7),
+    Case("mixed_segments", batch=3, queries=36, keys=45, heads=4, block_size=4, top_k=3, sequences="mixed"),
+    Case("lengths", batch=3, queries=45, keys=61, block_size=7, top_k=3, sequences="lengths"),
+    Case("block_of_one", batch=1, queries=12, keys=12, block_size=1, top_k=4),
+    Case("more_queries", batch=1, queries=37, keys=13, block_size=4, head_dim=33),
+    Case("all_see_all_mixed", batch=3, is_causal=False, sequences="mixed", block_size=4, heads=4, kv_heads=1),
+    Case("wide", batch=1, queries=20, keys=60, heads=1, kv_heads=1, head_dim=256, block_size=40),
+    Case("bfloat16", batch=1, dtype="bfloat16", heads=4, queries=48, keys=48, block_size=16, top_k=3),
+    Case("float16", dtype="float16", sequences="segments", queries=40, keys=48, block_size=6),
+)
+
+
+@functools.cache
+def inputs(case):
+    """Arrays, sequence arguments, and block ids that no router would give."""
+    arrays, sequences = cases.make_inputs(case)
+    arrays["d_log_sum_exp"] = np.random.default_rng(1).standard_normal(arrays["query"].shape[:3]).astype(np.float32)
+    return arrays, sequences, cases.make_selection(case)
+
+
+@functools.cache
+def expected(case):
+    """Output, log-sum-exp L `[batch, queries, heads]`, and the gradients of sum(d_output output + d_log_sum_exp L)."""
+    arrays, sequences, selection = inputs(case)
+    query, key, value, d_output, d_log_sum_exp = arrays.values()
+    reach = {"num_keys": case.keys, "block_size": case.block_size, "is_causal": case.is_causal}
+    mask = oracle.attention_mask(selection, **reach, **sequences)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    output, (d_query, d_key, d_value) = oracle.attention(query, key, value, mask, scale=scale, d_output=d_output)
+    log_sum_exp = np.full(query.shape[:3], -np.inf)
+    for b, h, t in np.ndindex(*mask.shape[:3]):
+        seen, kv_head = np.flatnonzero(mask[b, h, t]), h // (case.heads // case.kv_heads)
+        if seen.size:
+            q, k = query[b, t, h].astype(np.float64), key[b, seen, kv_head].astype(np.float64)
+            logits = scale * (k @ q)
+            log_sum_exp[b, t, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+            d_logits = d_log_sum_exp[b, t, h] * np.exp(logits - log_sum_exp[b, t, h])  # dL/dx = softmax(x)
+            d_query[b, t, h] += scale * (d_logits @ k)
+            d_key[b, seen, kv_head] += scale * np.outer(d_logits, q)
+    return output, log_sum_exp, (d_query, d_key, d_value)
+
+
+@functools.cache
+def actual(case):
+    """The same three from the kernels."""
+
+    @jax.jit
+    def call(arrays, selection, sequences):
+        names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
+        given = [sequences.get(name) for name in names]
+        query, (key, value), layout = _prepare(
+            arrays["query"], (arrays["key"], arrays["value"]), case.block_size, case.is_causal, *given
+        )
+        options = {
+            "block_start": layout.block_start,
+            "block_length": layout.block_length,
+            "key_stop": layout.key_stop,
+            "block_size": case.block_size,
+            "is_packed": layout.key_order is not None,
+            "scale": case.head_dim**-0.5 if case.scale is None else case.scale,
+            "config": SMALL,
+            "interpret": True,
+        }
+        first, last = layout.first_block[:, None, :, None], layout.last_block[:, None, :, None]
+        selection = jnp.where((first <= selection) & (selection <= last), selection, -1)
+        return attend_forward(query, key, value, selection, **options)
+
+    arrays, sequences, selection = inputs(case)
+    return call(arrays, selection, sequences)
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@every_case
+def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
+    output, log_sum_exp = actual(case)
+    expected_output, expected_sum, _ = expected(case)
+    assert output.dtype == cases.as_dtype(case.dtype)
+    cases.assert_close(output, expected_output, case.dtype)
+    is_empty = np.isneginf(expected_sum)
+    np.testing.assert_array_equal(np.isneginf(log_sum_exp), is_empty)
+    cases.assert_close(np.asarray(log_sum_exp)[~is_empty], expected_sum[~is_empty], case.dtype)
+    np.testing.assert_array_equal(np.asarray(output)[is_empty], 0)
