@@ -61,3 +61,9 @@ def check_self_attention(query: jax.Array, key: jax.Array) -> None:
     check_arrays(query, {"key": key})
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"key must have as many tokens as query, {query.shape[1]}, got key.shape={key.shape}")
+
+
+def check_whole_blocks(query: jax.Array, key: jax.Array, block_size: int) -> None:
+    """Keys that are longer than the queries, if at all, by whole blocks: then blocks of both lie on one grid."""
+    if (key.shape[1] - query.shape[1]) % block_size or key.shape[1] < query.shape[1]:
+        raise ValueError(f"key must be longer than query by whole blocks of {block_size}, got key.shape={key.shape}")

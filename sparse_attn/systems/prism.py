@@ -3,9 +3,9 @@
 Paper: Prism: Spectral-Aware Block-Sparse Attention (arXiv 2602.08426). Training-free prefill of models with rotary
 positions. The mean over a block wipes out pairs of features that turn fast, so that a dot product of means no longer
 tells where a block lies. The head's features are therefore cut into a high band of fast pairs and a low band of slow
-ones, which overlap; block means are compared in each, softmax((Q_z K_z^T) / (sqrt(d_z) tau_z)) over earlier blocks, with
-tau_z = sqrt(d_z / d) (rms Q_z / rms Q) (rms K_z / rms K), so that a faded band is sharpened. Each band takes the shortest
-prefix whose mass reaches its threshold; the union of both, the first block and the diagonal are attended.
+ones, which overlap; block means are compared in each, softmax(Q_z K_z^T / (sqrt(d_z) tau_z)) over earlier blocks, with
+tau_z = sqrt(d_z / d) (rms Q_z / rms Q) (rms K_z / rms K), so that a faded band is sharpened. Each band takes the
+shortest prefix whose mass reaches its threshold; the union of both, the first block and the diagonal are attended.
 
 Defaults: blocks of 128, 64 high and 96 low of 128 features, threshold 0.95 for both (0.93 and 0.92 in other scripts).
 
@@ -16,7 +16,7 @@ mean of a short last block counts zeros for what is missing. Decoding is dense t
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.checks import check_arrays, check_attention, check_positive
+from sparse_attn.checks import check_arrays, check_attention, check_positive, check_whole_blocks
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
@@ -99,8 +99,7 @@ def select(
         check_positive(name, size)
         if size % 2 or size > head_dim:
             raise ValueError(f"{name} must be even and at most head_dim={head_dim}, got {name}={size}")
-    if (key.shape[1] - query.shape[1]) % block_size or key.shape[1] < query.shape[1]:
-        raise ValueError(f"key must be longer than query by whole blocks of {block_size}, got key.shape={key.shape}")
+    check_whole_blocks(query, key, block_size)
     query, key = jax.lax.stop_gradient((query, key))
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     means = [split_blocks(array.astype(dtype), block_size).mean(2) for array in (query, key)]

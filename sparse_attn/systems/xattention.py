@@ -1,10 +1,9 @@
 """XAttention: antidiagonals of the logits tell how much attention a pair of blocks holds.
 
-Paper: XAttention: Block Sparse Attention with Antidiagonal Scoring (arXiv 2503.16428). Training-free prefill. Logits are
-averaged along the antidiagonal of every tile of stride x stride tokens: strides of queries, in reverse order, times
-strides of keys. Softmax over the tiles of a row, then the sum inside each pair of blocks. Every query block takes the
-shortest prefix of key blocks by falling score whose mass reaches `threshold`; the first block and the diagonal stand in
-front of all others, and their mass counts.
+Paper: XAttention: Block Sparse Attention with Antidiagonal Scoring (arXiv 2503.16428). Training-free prefill. Logits
+are averaged along the antidiagonal of every tile of stride x stride tokens. Softmax over the tiles of a row, then the
+sum inside each pair of blocks. Every query block takes the shortest prefix of key blocks by falling score whose mass
+reaches `threshold`; the first block and the diagonal stand in front of all others, and their mass counts.
 
 Defaults: blocks of 128, stride 8 (or 16), threshold 0.9; the threshold may differ by head (the paper searches one for
 each layer and head).
@@ -18,7 +17,7 @@ shortest prefix, and column 0 is chosen even without causality: `chunk_size` giv
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.checks import check_arrays, check_attention, check_positive
+from sparse_attn.checks import check_arrays, check_attention, check_positive, check_whole_blocks
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
@@ -92,12 +91,11 @@ def select(
     check_positive("block_size", block_size)
     if block_size % stride:
         raise ValueError(f"stride must divide block_size={block_size}, got stride={stride}")
-    if is_causal and ((key.shape[1] - query.shape[1]) % block_size or key.shape[1] < query.shape[1]):
-        raise ValueError(f"key must be longer than query by whole blocks of {block_size}, got key.shape={key.shape}")
-    share = jnp.asarray(threshold, jnp.float32)
-    if share.shape not in ((), (query.shape[2],)):
-        raise ValueError(f"threshold must be one number or one for each head, got threshold={threshold}")
-    share = jnp.broadcast_to(share, (query.shape[2],))[:, None, None]
+    if is_causal:
+        check_whole_blocks(query, key, block_size)
+    if isinstance(threshold, tuple) and len(threshold) != query.shape[2]:
+        raise ValueError(f"threshold must be a number or one for each of {query.shape[2]} heads, got {threshold=}")
+    share = jnp.asarray(threshold, jnp.float32).reshape(-1, 1, 1)  # [heads or 1, 1, 1]
     query, key = jax.lax.stop_gradient((query, key))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mass = score_blocks(query, key, stride=stride, block_size=block_size, is_causal=is_causal, scale=scale)

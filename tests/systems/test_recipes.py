@@ -22,7 +22,7 @@ def test_a_system_has_the_common_face_and_fits_on_a_page(name):
     assert callable(module.select)
     assert callable(module.attention)
     assert RECIPES[name].paper in module.__doc__
-    assert len(pathlib.Path(module.__file__).read_text(encoding="utf-8").splitlines()) <= 160
+    assert len(pathlib.Path(module.__file__).read_text(encoding="utf-8").splitlines()) <= 175  # about 150 and a few
 
 
 def test_a_file_without_a_recipe_is_none_of_the_systems():

@@ -1,0 +1,110 @@
+"""BSFA against loops over tiles in float64: thresholds, choice, output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import bsfa
+from tests import oracle
+from tests.cases import assert_close
+
+SIZES = {"query_block_size": 8, "key_block_size": 4}
+TOKENS = 37
+
+
+def draw(dtype=np.float32, seed=0):
+    """Three rows, two key/value heads of two query heads each; blocks end short."""
+    random = np.random.default_rng(seed)
+    query = random.standard_normal((3, TOKENS, 4, 4)).astype(dtype)
+    return query, *random.standard_normal((2, 3, TOKENS, 2, 4)).astype(dtype)
+
+
+def maxima(query, key, b, h, i, scale):
+    """Block of keys -> largest logit, for the tiles wholly before query block i."""
+    q, k = query[b, 8 * i : 8 * i + 8, h].astype(np.float64), key[b, :, h // 2].astype(np.float64)
+    return {j: scale * (q @ k[4 * j : 4 * j + 4].T).max() for j in range(2 * i)}
+
+
+def choose(query, key, thresholds, scale):
+    """bool [batch, heads, tokens, tokens] by loops."""
+    mask = np.zeros((query.shape[0], 4, TOKENS, TOKENS), bool)
+    for b, h, i in np.ndindex(query.shape[0], 4, 5):
+        kept = [j for j, m in maxima(query, key, b, h, i, scale).items() if m >= thresholds[h, min(i, 3)]]
+        for t in range(8 * i, min(8 * i + 8, TOKENS)):
+            for s in range(t + 1):
+                mask[b, h, t, s] = s // 4 in kept or s // 8 == i
+    return mask
+
+
+@pytest.mark.parametrize(("aggregation", "top_k"), [("mean", 3), ("median", 1), ("mean", 9)])
+def test_thresholds_equal_loops(aggregation, top_k, strict_ranks):
+    query, key, _ = draw()
+    if aggregation == "median":
+        query, key = abs(query), -abs(key)  # all maxima below 0
+    calibrate = functools.partial(bsfa.calibrate, **SIZES, top_k=top_k, aggregation=aggregation, scale=0.7)
+    expected = np.full((4, 5), -np.inf)
+    for h, i in np.ndindex(4, 5):
+        if 2 * i > top_k:
+            ranked = np.array([sorted(maxima(query, key, b, h, i, 0.7).values()) for b in range(3)])[:, ::-1]
+            midpoint = (ranked[:, top_k - 1] + ranked[:, top_k]) / 2
+            expected[h, i] = midpoint.mean() if aggregation == "mean" else np.median(midpoint)
+    thresholds = np.asarray(jax.jit(calibrate)(query, key))
+    np.testing.assert_array_equal(np.isneginf(thresholds), np.isneginf(expected))
+    assert_close(np.nan_to_num(thresholds, neginf=0), np.nan_to_num(expected, neginf=0), "float32")
+
+
+def test_the_threshold_of_one_example_keeps_its_top_k_tiles():
+    query, key, _ = draw()
+    thresholds = jax.jit(functools.partial(bsfa.calibrate, **SIZES, top_k=3))(query[:1], key[:1])
+    kept = jax.jit(functools.partial(bsfa.select, **SIZES))(query[:1], key[:1], thresholds).to_mask()
+    own = np.array([2, 2, 2, 2, 2])  # tiles of 4 keys that overlap the query block
+    np.testing.assert_array_equal(kept.sum(-1)[0], np.broadcast_to(np.minimum(3, 2 * np.arange(5)) + own, (4, 5)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_choice_and_output_equal_loops(dtype, strict_ranks):
+    query, key, value = draw(jnp.dtype(dtype))
+    thresholds = np.random.default_rng(1).uniform(0.5, 2.5, (4, 4)).astype(np.float32)  # the fifth block: the last row
+    mask = choose(query, key, thresholds, 0.7)
+    levels = jax.jit(functools.partial(bsfa.select, **SIZES, scale=0.7))(query, key, thresholds)
+    chosen = np.asarray(levels.to_mask()).repeat(8, 2).repeat(4, 3)[:, :, :TOKENS, :TOKENS]
+    np.testing.assert_array_equal(chosen & np.tril(np.ones((TOKENS, TOKENS), bool)), mask)
+    assert 0.2 < mask.mean() / np.tril(np.ones((TOKENS, TOKENS))).mean() < 0.9
+    attend = jax.jit(functools.partial(bsfa.attention, **SIZES, scale=0.7))
+    output = attend(query, key, value, thresholds)
+    assert output.dtype == dtype
+    assert_close(output, oracle.attention(query, key, value, mask, scale=0.7), dtype)
+    for array in (query, key, value):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attend(query, key, value, thresholds)[1:], output[1:])
+
+
+def test_no_threshold_is_dense_and_the_highest_keeps_the_diagonal():
+    query, key, value = draw()
+    attend = jax.jit(functools.partial(bsfa.attention, **SIZES))
+    causal = np.tril(np.ones((TOKENS, TOKENS), bool))
+    block = np.arange(TOKENS) // 8
+    for threshold, mask in ((-np.inf, causal), (np.inf, causal & (block[:, None] == block))):
+        expected = oracle.attention(query, key, value, np.broadcast_to(mask, (3, 4, TOKENS, TOKENS)))
+        assert_close(attend(query, key, value, np.full((4, 1), threshold, np.float32)), expected, "float32")
+
+
+def test_bad_arguments_are_named():
+    query, key, value = draw()
+    table = np.zeros((4, 5), np.float32)
+    for arguments, name in (
+        ({"thresholds": table[:2]}, "thresholds must be"),
+        ({"thresholds": table[:, :0]}, "thresholds must be"),
+        ({"thresholds": table[0]}, "thresholds must be"),
+        ({"query_block_size": 0}, "query_block_size"),
+        ({"key_block_size": 0}, "key_block_size"),
+        ({"key": key[:, 1:], "value": value[:, 1:]}, "as many tokens"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            bsfa.attention(**{"query": query, "key": key, "value": value, "thresholds": table, **arguments})
+    for options, name in (({"top_k": 0}, "top_k"), ({"aggregation": "max"}, "aggregation must be")):
+        with pytest.raises(ValueError, match=name):
+            bsfa.calibrate(query, key, **options)
