@@ -62,8 +62,9 @@ def _tile_maxima(
     check_positive("key_block_size", key_block_size)
     query, key = jax.lax.stop_gradient((query, key))
     visibility = make_visibility(query, key, is_causal=True)
-    sizes = {"query_block_size": query_block_size, "key_block_size": key_block_size}
-    maxima = score.exact_blocks(query, key, visibility, **sizes, scale=scale)
+    maxima = score.exact_blocks(
+        query, key, visibility, query_block_size=query_block_size, key_block_size=key_block_size, scale=scale
+    )
     start = query_block_size * jnp.arange(maxima.shape[2])
     end = key_block_size * (jnp.arange(maxima.shape[3]) + 1)
     return maxima, end[None, :] <= start[:, None]
