@@ -50,8 +50,8 @@ class TritonConfig:
       route_blocks: blocks that it scores at a time.
       route_warps: its warps.
       means_keys: keys that a program of the block means adds up at a time.
-      chunk_bytes: memory for the partial results of a chunk of queries. None: an eighth of queries, keys, values and
-        outputs together, at least 32 MiB.
+      chunk_bytes: memory for the partial results of a chunk of queries. None: an eighth of inputs and outputs
+        together, at least 32 MiB.
     """
 
     tile_size: int = 128

@@ -81,17 +81,24 @@ def make_plan(
     block_size: int,
     scale: float,
     tile_size: int,
+    arrays: int,
     config: TritonConfig,
 ) -> Plan:
-    """Chooses the chunks: whole heads, several if they fit, so that blocks have many pairs; else parts of one head."""
+    """Chooses the chunks: whole heads, several if they fit, so that blocks have many pairs; else parts of one head.
+
+    Args:
+      query, key, indices, num_blocks, block_size, scale: of the call.
+      tile_size: pairs of a tile.
+      arrays: how many arrays like query, and as many like key, the call takes and gives.
+      config: sizes inside the kernels.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     _, num_keys, kv_heads, _ = key.shape
     top_k = indices.shape[-1]
     rows = num_queries * num_heads // kv_heads
     budget = config.chunk_bytes
     if budget is None:
-        arrays = 2 * (query.size + key.size) * query.dtype.itemsize  # query and output, key and value
-        budget = max(arrays // 8, _LEAST_CHUNK_BYTES)
+        budget = max(arrays * (query.size + key.size) * query.dtype.itemsize // 8, _LEAST_CHUNK_BYTES)
     rows_that_fit = budget // (top_k * (head_dim * query.dtype.itemsize + 16))  # 16: log-sum-exp, pair, room to sort
     if config.chunk_bytes is None:  # two tiles a block on average, so that half-empty tiles stay few
         rows_that_fit = max(rows_that_fit, 2 * tile_size * ceil_div(num_keys, block_size) // top_k)

@@ -114,6 +114,7 @@ def attend_forward(
         block_size=block_size,
         scale=scale,
         tile_size=config.tile_size,
+        arrays=2,
         config=config,
     )
     head_dim = plan.head_dim

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.config import TritonConfig
+from pallas_kernels.gpu.backward import attend_backward
 from pallas_kernels.gpu.forward import attend_forward
 from sparse_attn.attention import _prepare
 from tests import cases, oracle
@@ -69,9 +70,12 @@ def actual(case):
     def call(arrays, selection, sequences):
         names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
         given = [sequences.get(name) for name in names]
-        query, (key, value), layout = _prepare(
-            arrays["query"], (arrays["key"], arrays["value"]), case.block_size, case.is_causal, *given
-        )
+
+        def prepare(query, key, value):
+            query, (key, value), layout = _prepare(query, (key, value), case.block_size, case.is_causal, *given)
+            return (query, key, value), layout
+
+        inputs, pull_back, layout = jax.vjp(prepare, *(arrays[x] for x in ("query", "key", "value")), has_aux=True)
         options = {
             "block_start": layout.block_start,
             "block_length": layout.block_length,
@@ -84,7 +88,9 @@ def actual(case):
         }
         first, last = layout.first_block[:, None, :, None], layout.last_block[:, None, :, None]
         selection = jnp.where((first <= selection) & (selection <= last), selection, -1)
-        return attend_forward(query, key, value, selection, **options)
+        output, log_sum_exp = attend_forward(*inputs, selection, **options)
+        results = output, log_sum_exp, arrays["d_output"], arrays["d_log_sum_exp"]
+        return output, log_sum_exp, pull_back(attend_backward(*inputs, selection, *results, **options))
 
     arrays, sequences, selection = inputs(case)
     return call(arrays, selection, sequences)
@@ -95,7 +101,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 @every_case
 def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
-    output, log_sum_exp = actual(case)
+    output, log_sum_exp, _ = actual(case)
     expected_output, expected_sum, _ = expected(case)
     assert output.dtype == cases.as_dtype(case.dtype)
     cases.assert_close(output, expected_output, case.dtype)
@@ -103,3 +109,14 @@ def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
     np.testing.assert_array_equal(np.isneginf(log_sum_exp), is_empty)
     cases.assert_close(np.asarray(log_sum_exp)[~is_empty], expected_sum[~is_empty], case.dtype)
     np.testing.assert_array_equal(np.asarray(output)[is_empty], 0)
+
+
+@every_case
+def test_gradients_are_those_of_the_oracle(case):
+    _, _, gradients = actual(case)
+    _, expected_sum, expected_gradients = expected(case)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == cases.as_dtype(case.dtype)
+        assert gradient.shape == expected_gradient.shape
+        cases.assert_close(gradient, expected_gradient, case.dtype)
+    np.testing.assert_array_equal(np.asarray(gradients[0])[np.isneginf(expected_sum)], 0)

@@ -1,0 +1,329 @@
+"""Gradients of attention for choices made per query, on a GPU of any kind: in Triton, without atomics.
+
+Compiled and interpreted only: nothing here has run on a GPU yet.
+
+With P = exp(scale Q K^T - L), delta = sum(dO O) - dL and dS = scale P (dO V^T - delta): dQ = dS K, dK = dS^T Q,
+dV = P^T dO. Source: FlashAttention-2 (arXiv 2307.08691), section 2.
+
+Tiling. Chunks of rows and tiles of pairs as in `forward`. Three kernels.
+
+dQ of pairs. Grid (tile, key/value head of the chunk): the shape of the forward kernel. A program gathers the rows of
+its tile (query, gradient of the output, log-sum-exp, delta), walks the keys of its block, computes P and dS again, adds
+up dS K, and leaves it at the place of the pair, in the dtype of the queries.
+
+Sum. Grid (group of rows, key/value head): adds up what the pairs of a row left, and writes dQ where it belongs.
+
+dK and dV. Grid (stretch of `key_size` keys of a block, key/value head). A program keeps its keys and values and both
+gradients, [key_size, head_dim] in float32, in registers, and walks the tiles of its block, which follow one another: it
+gathers their rows and adds dS^T Q and P^T dO. At the end it adds the sums to what earlier chunks left.
+
+Sums have a fixed order, that of the schedule: the same bits in every run. dK and dV pass from chunk to chunk in
+float32, or in the dtype of the keys where one chunk holds all rows of a head.
+
+Memory. Registers of the third kernel: two accumulators and two products [key_size, backward_tile_size]. Global memory:
+inputs, outputs, partial dQ of a chunk.
+
+Speed. The arithmetic of seven products instead of five, for P and dS are computed twice; in exchange no kernel adds to
+memory that another program may touch. Queries and gradients of outputs are gathered twice. At the sizes named in
+`forward`: 3.8 TFLOP and 26 GB, 5.5 ms on an H200 at its peak rate of memory (`docs/gpu-roofline.md`).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.config import TRITON, TritonConfig
+from pallas_kernels.gpu.chunks import (
+    Chunk,
+    Plan,
+    find_block,
+    find_keys,
+    for_chunks,
+    load_pairs,
+    make_plan,
+    rows_program,
+)
+from pallas_kernels.gpu.tiles import (
+    LOG2_E,
+    NN,
+    NT,
+    ceil_div,
+    check_supported,
+    load_numbers,
+    load_rows,
+    padded_head_dim,
+    product,
+    store_rows,
+)
+
+
+def attend_backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    indices: jax.Array,
+    output: jax.Array,
+    log_sum_exp: jax.Array,
+    d_output: jax.Array,
+    d_log_sum_exp: jax.Array,
+    *,
+    block_start: jax.Array,
+    block_length: jax.Array,
+    key_stop: jax.Array,
+    block_size: int,
+    is_packed: bool,
+    scale: float,
+    config: TritonConfig = TRITON,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `attend_forward` for query, key and value. Has not run on a GPU yet.
+
+    Args:
+      query, key, value, indices, and what is named: as there.
+      output: what `attend_forward` gave, `[batch, queries, heads, head_dim]`.
+      log_sum_exp: what it gave, float32 `[batch, queries, heads]`.
+      d_output: gradient of the output, like it.
+      d_log_sum_exp: gradient of the log-sum-exp, like it.
+
+    Returns:
+      Gradients of query, key and value, like them. Zero for a query without blocks.
+
+    Raises:
+      NotImplementedError: as `attend_forward`.
+    """
+    del is_packed
+    check_supported(query)
+    config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
+    plan = make_plan(
+        query,
+        key,
+        indices,
+        num_blocks=block_start.shape[1],
+        block_size=block_size,
+        scale=scale,
+        tile_size=config.backward_tile_size,
+        arrays=4,
+        config=config,
+    )
+    delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
+    log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)  # [batch, queries, heads]
+    numbers = block_start.reshape(-1), block_length.reshape(-1), key_stop.reshape(-1)
+    rows = (
+        query.reshape(-1, plan.head_dim),
+        d_output.astype(query.dtype).reshape(-1, plan.head_dim),
+        log2_sum.reshape(-1),
+        delta.reshape(-1),
+    )
+    keys = key.reshape(-1, plan.head_dim), value.reshape(-1, plan.head_dim)
+
+    def differentiate_chunk(chunk: Chunk, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        d_query, d_key, d_value = gradients
+        operands = (*numbers, *rows, *keys)
+        d_query = _add_up(
+            chunk, _differentiate_pairs(chunk, operands, plan, config, interpret), d_query, plan, config, interpret
+        )
+        return d_query, *_differentiate_keys(chunk, operands, (d_key, d_value), plan, config, interpret)
+
+    sums = key.dtype if plan.row_chunks == 1 else jnp.float32
+    empty = (
+        jnp.zeros(rows[0].shape, query.dtype),
+        *(jnp.zeros(array.shape, sums) for array in keys),
+    )
+    d_query, d_key, d_value = for_chunks(plan, indices, config.backward_tile_size, differentiate_chunk, empty)
+    d_key, d_value = (array.astype(key.dtype).reshape(key.shape) for array in (d_key, d_value))
+    return d_query.reshape(query.shape), d_key, d_value
+
+
+def _differentiate_pairs(
+    chunk: Chunk, operands: tuple[jax.Array, ...], plan: Plan, config: TritonConfig, interpret: bool
+) -> jax.Array:
+    """dQ of every pair, `[chunk_heads * chunk_pairs, head_dim]`, without the rows of no pair."""
+    query = operands[3]
+    schedule = chunk.schedule
+    return pl.pallas_call(
+        functools.partial(_pairs_kernel, plan=plan, key_size=plan.key_size(config)),
+        out_shape=jax.ShapeDtypeStruct((plan.chunk_heads * plan.chunk_pairs, plan.head_dim), query.dtype),
+        grid=(schedule.block.shape[1], plan.chunk_heads),
+        compiler_params=plgpu.CompilerParams(num_warps=config.attend_warps, num_stages=config.num_stages),
+        name="attend_d_query",
+        interpret=interpret,
+    )(chunk.origin, schedule.num_tiles, schedule.block, schedule.pair, *operands)
+
+
+def _pairs_kernel(
+    origin_ref: Any,  # [2]
+    num_tiles_ref: Any,  # [chunk_heads]
+    block_ref: Any,  # [chunk_heads, tiles]
+    pair_ref: Any,  # [chunk_heads, tiles, tile_size]
+    start_ref: Any,  # [batch * blocks]
+    length_ref: Any,  # [batch * blocks]
+    key_stop_ref: Any,  # [batch * queries]
+    query_ref: Any,  # [batch * queries * heads, head_dim]
+    d_output_ref: Any,  # [batch * queries * heads, head_dim]
+    sum_ref: Any,  # [batch * queries * heads], log2 of the sum of the weights
+    delta_ref: Any,  # [batch * queries * heads]
+    key_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    value_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    d_query_ref: Any,  # [chunk_heads * chunk_pairs, head_dim]
+    *,
+    plan: Plan,
+    key_size: int,
+) -> None:
+    tile, head = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(tile < num_tiles_ref[head])
+    def _() -> None:
+        pairs = load_pairs(origin_ref, pair_ref, key_stop_ref, head, tile, plan)
+        block = find_block(origin_ref, start_ref, length_ref, head, block_ref[head, tile], plan)
+        place, is_real = pairs.rows.place, pairs.rows.is_real
+        query = load_rows(query_ref, place, is_real, plan.columns)
+        d_output = load_rows(d_output_ref, place, is_real, plan.columns)
+        log2_sum = load_numbers(sum_ref, place, is_real)  # [tile_size]
+        delta = load_numbers(delta_ref, place, is_real)
+
+        def add(step: jax.Array, d_query: jax.Array) -> jax.Array:
+            keys = find_keys(block, step, key_size, plan)
+            key = load_rows(key_ref, keys.rows, keys.is_real, plan.columns)
+            value = load_rows(value_ref, keys.rows, keys.is_real, plan.columns)
+            logits = product(query, key, NT) * (plan.scale * LOG2_E)  # [tile_size, key_size]
+            is_seen = keys.place[None, :] < pairs.key_stop[:, None]
+            probability = jnp.where(is_seen, jnp.exp2(logits - log2_sum[:, None]), 0)
+            d_logits = probability * (product(d_output, value, NT) - delta[:, None]) * plan.scale
+            return d_query + product(d_logits.astype(key.dtype), key, NN)
+
+        num_keys = jnp.minimum(block.length, pairs.key_stop.max() - block.start)
+        empty = jnp.zeros((place.shape[0], plan.columns), jnp.float32)
+        store_rows(d_query_ref, pairs.place, is_real, lax.fori_loop(0, ceil_div(num_keys, key_size), add, empty))
+
+
+def _add_up(
+    chunk: Chunk, partial: jax.Array, d_query: jax.Array, plan: Plan, config: TritonConfig, interpret: bool
+) -> jax.Array:
+    """dQ `[batch * queries * heads, head_dim]` with the rows of the chunk written in place."""
+    return pl.pallas_call(
+        functools.partial(_add_up_kernel, plan=plan, merge_rows=config.merge_rows),
+        out_shape=jax.ShapeDtypeStruct(d_query.shape, d_query.dtype),
+        grid=(ceil_div(plan.chunk_rows, config.merge_rows), plan.chunk_heads),
+        input_output_aliases={3: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=config.num_stages),
+        name="add_up_d_query",
+        interpret=interpret,
+    )(chunk.origin, chunk.indices, partial, d_query)
+
+
+def _add_up_kernel(
+    origin_ref: Any,  # [2]
+    indices_ref: Any,  # [chunk_heads * chunk_pairs]
+    partial_ref: Any,  # [chunk_heads * chunk_pairs, head_dim]
+    _d_query_ref: Any,  # the gradient as it was
+    d_query_ref: Any,  # [batch * queries * heads, head_dim]
+    *,
+    plan: Plan,
+    merge_rows: int,
+) -> None:
+    first_pair, rows = rows_program(origin_ref, merge_rows, plan)
+
+    def add(choice: jax.Array, total: jax.Array) -> jax.Array:
+        pair = first_pair + choice
+        is_pair = load_numbers(indices_ref, pair, rows.is_real, other=-1) >= 0
+        return total + load_rows(partial_ref, pair, is_pair, plan.columns).astype(jnp.float32)
+
+    total = lax.fori_loop(0, plan.top_k, add, jnp.zeros((merge_rows, plan.columns), jnp.float32))
+    store_rows(d_query_ref, rows.place, rows.is_real, total)
+
+
+def _differentiate_keys(
+    chunk: Chunk,
+    operands: tuple[jax.Array, ...],
+    gradients: tuple[jax.Array, jax.Array],
+    plan: Plan,
+    config: TritonConfig,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """dK and dV `[batch * keys * kv_heads, head_dim]` with what the chunk adds to them, in place."""
+    schedule = chunk.schedule
+    key_size = plan.key_size(config)
+    stretches = ceil_div(plan.block_size, key_size)
+
+    def bounds(block: jax.Array, num_tiles: jax.Array) -> jax.Array:  # [tiles], scalar -> [blocks + 1]
+        block = jnp.where(jnp.arange(block.size) < num_tiles, block, plan.num_blocks)
+        return jnp.searchsorted(block, jnp.arange(plan.num_blocks + 1)).astype(jnp.int32)
+
+    first_operand = 3 + len(operands)
+    return pl.pallas_call(
+        functools.partial(_keys_kernel, plan=plan, key_size=key_size, stretches=stretches),
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in gradients],
+        grid=(plan.num_blocks * stretches, plan.chunk_heads),
+        input_output_aliases={first_operand: 0, first_operand + 1: 1},
+        compiler_params=plgpu.CompilerParams(num_warps=config.attend_warps, num_stages=config.num_stages),
+        name="attend_d_key_value",
+        interpret=interpret,
+    )(
+        chunk.origin,
+        jax.vmap(bounds)(schedule.block, schedule.num_tiles),
+        schedule.pair,
+        *operands,
+        *gradients,
+    )
+
+
+def _keys_kernel(
+    origin_ref: Any,  # [2]
+    bounds_ref: Any,  # [chunk_heads, blocks + 1], first tile of each block
+    pair_ref: Any,  # [chunk_heads, tiles, tile_size]
+    start_ref: Any,  # [batch * blocks]
+    length_ref: Any,  # [batch * blocks]
+    key_stop_ref: Any,  # [batch * queries]
+    query_ref: Any,  # [batch * queries * heads, head_dim]
+    d_output_ref: Any,  # [batch * queries * heads, head_dim]
+    sum_ref: Any,  # [batch * queries * heads], log2 of the sum of the weights
+    delta_ref: Any,  # [batch * queries * heads]
+    key_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    value_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    d_key_before_ref: Any,  # the gradients as they were
+    d_value_before_ref: Any,
+    d_key_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    d_value_ref: Any,  # [batch * keys * kv_heads, head_dim]
+    *,
+    plan: Plan,
+    key_size: int,
+    stretches: int,
+) -> None:
+    program, head = pl.program_id(0), pl.program_id(1)
+    number, stretch = lax.div(program, stretches), lax.rem(program, stretches)
+    begin, end = bounds_ref[head, number], bounds_ref[head, number + 1]
+
+    @pl.when(begin < end)
+    def _() -> None:
+        block = find_block(origin_ref, start_ref, length_ref, head, number, plan)
+        keys = find_keys(block, stretch, key_size, plan)
+        key = load_rows(key_ref, keys.rows, keys.is_real, plan.columns)
+        value = load_rows(value_ref, keys.rows, keys.is_real, plan.columns)
+
+        def add(tile: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            d_key, d_value = sums
+            pairs = load_pairs(origin_ref, pair_ref, key_stop_ref, head, tile, plan)
+            place, is_real = pairs.rows.place, pairs.rows.is_real
+            query = load_rows(query_ref, place, is_real, plan.columns)
+            d_output = load_rows(d_output_ref, place, is_real, plan.columns)
+            log2_sum = load_numbers(sum_ref, place, is_real)  # [tile_size]
+            delta = load_numbers(delta_ref, place, is_real)
+            logits = product(key, query, NT) * (plan.scale * LOG2_E)  # [key_size, tile_size]
+            is_seen = keys.place[:, None] < pairs.key_stop[None, :]
+            probability = jnp.where(is_seen, jnp.exp2(logits - log2_sum[None, :]), 0)
+            d_logits = probability * (product(value, d_output, NT) - delta[None, :]) * plan.scale
+            d_key += product(d_logits.astype(query.dtype), query, NN)
+            return d_key, d_value + product(probability.astype(query.dtype), d_output, NN)
+
+        before = tuple(
+            load_rows(ref, keys.rows, keys.is_real, plan.columns).astype(jnp.float32)
+            for ref in (d_key_before_ref, d_value_before_ref)
+        )
+        d_key, d_value = lax.fori_loop(begin, end, add, before)
+        store_rows(d_key_ref, keys.rows, keys.is_real, d_key)
+        store_rows(d_value_ref, keys.rows, keys.is_real, d_value)
