@@ -65,7 +65,7 @@ def sort_keys(scores: jax.Array, num_keys: int, segment_size: int) -> jax.Array:
 
 
 def permute_keys(key: jax.Array, order: jax.Array) -> jax.Array:
-    """Keys or values `[batch, keys, kv_heads, head_dim]` in each query head's order: `[batch, keys, heads, head_dim]`."""
+    """Keys or values in each query head's order: `[batch, keys, kv_heads, x]` -> `[batch, keys, heads, x]`."""
     key = key.repeat(order.shape[1] // key.shape[2], axis=2)
     return jnp.take_along_axis(key, order.swapaxes(1, 2)[..., None], axis=1)
 

@@ -1,0 +1,211 @@
+"""XAttention, Prism, PBS-Attn and ProxyAttn, by loops in float64: choices, and attention to a mask of tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import pbs_attention, prism, proxy_attention, xattention
+from tests import oracle
+from tests.cases import assert_close
+
+BLOCK = 8
+OPTIONS = {
+    xattention: {"threshold": 0.6, "stride": 4, "block_size": BLOCK},
+    prism: {"high_size": 4, "low_size": 6, "high_threshold": 0.5, "low_threshold": 0.6, "block_size": BLOCK},
+    pbs_attention: {"threshold": 0.5, "block_size": BLOCK, "segment_size": 2 * BLOCK},
+    proxy_attention: {"num_proxies": 1, "stride": 2, "mass": 0.4, "min_tokens": 1, "block_size": BLOCK},
+}
+every_system = pytest.mark.parametrize("system", OPTIONS, ids=lambda system: system.__name__.rpartition(".")[2])
+
+
+@functools.cache
+def draw(tokens=44, dtype=np.float32):
+    """Two rows, two key/value heads of two query heads each, peaked enough that choices differ."""
+    random = np.random.default_rng(0)
+    query = 2 * random.standard_normal((2, tokens, 4, 8))
+    key, value = random.standard_normal((2, 2, tokens, 2, 8))
+    return tuple(array.astype(dtype) for array in (query, key, value))
+
+
+@functools.cache
+def compiled(system):
+    return jax.jit(functools.partial(system.attention, **OPTIONS[system]))
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def top_p(mass, share, first=()):
+    """Indices of the shortest prefix by falling mass, the entries of `first` before all others."""
+    others = sorted((j for j in range(len(mass)) if j not in first), key=lambda j: (-mass[j], j))
+    kept, total = list(first), sum(mass[j] for j in first)
+    for j in others:
+        if total >= share * sum(mass) or mass[j] == 0:
+            break
+        kept.append(j)
+        total += mass[j]
+    return kept
+
+
+def padded_mean(block):
+    return np.concatenate([block, np.zeros((BLOCK - len(block), block.shape[1]))]).mean(0)
+
+
+def choose_xattention(query, key, threshold, stride, **_):
+    """Key blocks of every query block of one head; arrays [tokens, head_dim]."""
+    tokens = len(query)
+    query, key = (np.pad(x, ((0, -tokens % BLOCK), (0, 0))) for x in (query, key))
+    tiles = -(-tokens // stride)
+    logits = np.full((tiles, tiles), -np.inf)
+    for r, c in np.ndindex(tiles, tiles):
+        if c <= r:
+            tile = query[r * stride : (r + 1) * stride] @ key[c * stride : (c + 1) * stride].T * 8**-0.5
+            logits[r, c] = np.mean([tile[stride - 1 - n, n] for n in range(stride)])
+    weights, side = softmax(logits), BLOCK // stride
+    chosen = []
+    for i in range(-(-tokens // BLOCK)):
+        mass = [weights[i * side : (i + 1) * side, j * side : (j + 1) * side].sum() for j in range(i + 1)]
+        chosen.append(top_p(mass, threshold, {0, i}))
+    return chosen
+
+
+def choose_prism(query, key, high_size, low_size, high_threshold, low_threshold, **_):
+    means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
+    pairs = np.arange(4)
+    chosen = [{0, i} for i in range(len(means[0]))]
+    for size, kept, threshold in (
+        (high_size, pairs[: high_size // 2], high_threshold),
+        (low_size, pairs[4 - low_size // 2 :], low_threshold),
+    ):
+        features = np.concatenate([kept, kept + 4])
+        rms = [np.sqrt((x[:, features] ** 2).mean()) / np.sqrt((x**2).mean()) for x in means]
+        logits = means[0][:, features] @ means[1][:, features].T / (size**0.5 * (size / 8) ** 0.5 * rms[0] * rms[1])
+        for i, row in enumerate(logits):
+            chosen[i] |= set(top_p(softmax(row[: i + 1]), threshold))
+    return chosen
+
+
+def order_pbs(query, key, segment_size, **_):
+    whole = len(key) // segment_size * segment_size
+    weights = softmax(query[-BLOCK:] @ key[:whole].T * 8**-0.5).mean(0)
+    order = list(range(len(key)))
+    for start in range(0, whole, segment_size):
+        order[start : start + segment_size] = sorted(order[start : start + segment_size], key=lambda s: -weights[s])
+    return order
+
+
+def choose_pbs(query, key, threshold, segment_size, **options):
+    order = order_pbs(query, key, segment_size)
+    key = key[order]
+    means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
+    chosen = []
+    for i, mean in enumerate(means[0]):
+        segment = i * BLOCK // segment_size
+        earlier = segment * segment_size // BLOCK
+        kept = set(top_p(softmax(means[1][:earlier] @ mean * 8**-0.5), threshold)) if earlier else set()
+        first = order.index(0) // BLOCK
+        own = range(earlier, min(earlier + segment_size // BLOCK, len(means[0])))
+        chosen.append(kept | set(own) | ({first} if first * BLOCK // segment_size <= segment else set()))
+    return chosen
+
+
+def choose_proxy(query, key, proxy_query, proxy_key, stride, mass, min_tokens, **_):
+    tokens = len(query)
+    kept = np.arange(0, tokens, stride)
+    causal = np.where(kept[None] <= kept[:, None], proxy_query[kept] @ proxy_key[kept].T * 8**-0.5, -np.inf)
+    weights, blocks = softmax(causal), range(-(-tokens // BLOCK))
+    last = np.arange(tokens)[-BLOCK:]
+    real = softmax(np.where(np.arange(tokens)[None] <= last[:, None], query[last] @ key.T * 8**-0.5, -np.inf)).sum(0)
+    pooled = [real[j * BLOCK : (j + 1) * BLOCK].sum() for j in blocks]
+    budget = max(len(top_p(pooled, mass)), -(-min_tokens // BLOCK))
+    chosen = []
+    for i in blocks:
+        rows = weights[kept // BLOCK == i]
+        scores = [rows[:, kept // BLOCK == j].max() if j < i else np.inf for j in range(i + 1)]
+        chosen.append(sorted(range(i + 1), key=lambda j: (-scores[j], j))[:budget])
+    return chosen
+
+
+def expected_mask(system, query, key, options):
+    """bool [batch, heads, tokens, tokens] over keys in their own order, and over blocks of sorted keys for PBS-Attn."""
+    batch, tokens, heads, _ = query.shape
+    query, key = query.astype(np.float64), key.astype(np.float64)
+    blocks = -(-tokens // BLOCK)
+    choice = np.zeros((batch, heads, blocks, blocks), bool)
+    mask = np.zeros((batch, heads, tokens, tokens), bool)
+    for b, h in np.ndindex(batch, heads):
+        arrays = query[b, :, h], key[b, :, h // 2]
+        order = np.arange(tokens)
+        if system is xattention:
+            chosen = choose_xattention(*arrays, **options)
+        elif system is prism:
+            chosen = choose_prism(*arrays, **options)
+        elif system is pbs_attention:
+            chosen, order = choose_pbs(*arrays, **options), np.array(order_pbs(*arrays, **options))
+        else:
+            chosen = choose_proxy(*arrays, query[b].mean(1), key[b].mean(1), **options)
+        for i, js in enumerate(chosen):
+            choice[b, h, i, list(js)] = True
+        seen = choice[b, h].repeat(BLOCK, 0).repeat(BLOCK, 1)[:tokens, :tokens]
+        mask[b, h][:, order] = seen
+    return choice, mask & np.tri(tokens, dtype=bool)
+
+
+@every_system
+def test_choice_and_output_equal_loops(system):
+    query, key, value = draw()
+    options = OPTIONS[system]
+    choice, mask = expected_mask(system, query, key, options)
+    assert 0.2 < choice[:, :, -1].mean() < 0.95, "a choice worth testing"
+    levels = jax.jit(functools.partial(system.select, **options))(query, key)
+    levels = levels[0] if system is pbs_attention else levels
+    np.testing.assert_array_equal(levels.to_mask(), choice)
+    output = compiled(system)(query, key, value)
+    assert_close(output, oracle.attention(query, key, value, mask), "float32")
+
+
+@every_system
+def test_rows_of_a_batch_are_alone_and_types_stay(system):
+    query, key, value = draw()
+    both = compiled(system)(query, key, value)
+    other_mate = compiled(system)(*(np.stack([array[1] * 3, array[1]]) for array in (query, key, value)))
+    assert_close(both[1], other_mate[1], "float32")
+    arrays = (jnp.asarray(array, jnp.bfloat16) for array in (query, key, value))
+    assert jax.eval_shape(functools.partial(system.attention, **OPTIONS[system]), *arrays).dtype == jnp.bfloat16
+
+
+@every_system
+@pytest.mark.parametrize("change", [{"block_size": 0}, {"stride": 3}, {"segment_size": 12}, {"high_size": 3}])
+def test_bad_arguments_are_named(system, change):
+    (name,) = change
+    if name not in OPTIONS[system]:
+        pytest.skip("not an option of this system")
+    with pytest.raises(ValueError, match=name):
+        system.attention(*draw(), **OPTIONS[system] | change)
+
+
+def test_queries_at_the_end_of_longer_keys():
+    query, key, value = draw()
+    whole = compiled(xattention)(query, key, value)
+    tail = compiled(xattention)(query[:, 24:], key, value)
+    assert_close(tail, whole[:, 24:], "float32")
+    with pytest.raises(ValueError, match="whole blocks"):
+        xattention.attention(query[:, 23:], key, value, **OPTIONS[xattention])
+
+
+def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
+    query, key, _ = draw()
+    thresholds = (0.1, 0.3, 0.6, 0.9)
+    options = {"stride": 4, "block_size": BLOCK, "is_causal": False}
+    levels = jax.jit(functools.partial(xattention.select, threshold=thresholds, **options))(query, key)
+    mass = jax.jit(functools.partial(xattention.score_blocks, scale=8**-0.5, **options))(query, key)
+    for (b, h, i), _ in np.ndenumerate(np.zeros(mass.shape[:3])):
+        expected = top_p(list(np.asarray(mass[b, h, i], np.float64)), thresholds[h])
+        np.testing.assert_array_equal(np.flatnonzero(levels.levels[b, h, i]), sorted(expected))
+    with pytest.raises(ValueError, match="threshold"):
+        xattention.select(query, key, threshold=(0.1, 0.2), **options)
