@@ -1,0 +1,133 @@
+"""SALE against loops in float64: integers, relative scores, forced tiles, calibration, output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_attn.systems import sale
+from tests import oracle
+from tests.cases import assert_close
+
+TOKENS, BQ, BK, WINDOW = 64, 12, 5, 17  # a power of two, so that means are exact; blocks of both kinds end short
+OPTIONS = {"query_block_size": BQ, "key_block_size": BK, "local_window": WINDOW, "dense_length": 32}
+CAUSAL = np.tril(np.ones((TOKENS, TOKENS), bool))
+
+
+def draw(dtype=np.float32, seed=0):
+    """Multiples of 1/8, so that rounding to integers meets no rounding of ours; two query heads to a key head."""
+    random = np.random.default_rng(seed)
+    query = np.round(8 * random.standard_normal((2, TOKENS, 4, 8))) / 8
+    key = np.round(8 * (random.standard_normal((2, TOKENS, 2, 8)) + random.standard_normal((1, 1, 2, 8)))) / 8
+    return query.astype(dtype), key.astype(dtype), random.standard_normal(key.shape).astype(dtype)
+
+
+def to_integers(array):
+    """Integers and steps of tokens [tokens, d], by the definition."""
+    largest = np.abs(array).max(-1, keepdims=True)
+    return np.rint(7 * array / largest).astype(int), largest / 7
+
+
+def choose(query, key, threshold, scale):
+    """bool [batch, heads, queries, keys], tile by tile; threshold one number a head."""
+    mask = np.zeros((2, 4, TOKENS, TOKENS), bool)
+    for b, h in np.ndindex(2, 4):
+        q, k = query[b, :, h].astype(np.float64), key[b, :, h // 2].astype(np.float64)
+        smooth = k - k.mean(0)
+        (n_t, step_t), (n_s, step_s) = to_integers(q - q.mean(0)), to_integers(smooth)
+        estimate = scale * (step_t * step_s.T * (n_t @ n_s.T) + smooth @ q.mean(0))  # [queries, keys]
+        weight = np.exp(scale * q @ smooth.T) * CAUSAL
+        for start in range(0, TOKENS, BQ):
+            rows, window = slice(start, start + BQ), (start + BQ - WINDOW) // BK  # first block of the window
+            forced = {0, *range(max(window, 0), -(-TOKENS // BK))}
+            mass = weight[rows, np.isin(np.arange(TOKENS) // BK, list(forced))].sum(-1, keepdims=True)
+            for j in range(-(-TOKENS // BK)):
+                tile = np.exp(estimate[rows, BK * j : BK * j + BK]) / mass
+                mask[b, h, rows, BK * j : BK * j + BK] = j in forced or (tile > threshold[h]).any()
+    return mask & CAUSAL
+
+
+def tokens_of(levels):
+    """The keys of the chosen tiles that a query may see."""
+    return np.asarray(levels.to_mask()).repeat(BQ, 2).repeat(BK, 3)[:, :, :TOKENS, :TOKENS] & CAUSAL
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_choice_and_output_equal_loops(dtype, strict_ranks):
+    query, key, value = draw(jnp.dtype(dtype))
+    threshold = np.array([0.5, 0.2, 3.0, 1e-9], np.float32)
+    options = {**OPTIONS, "threshold": threshold, "scale": 0.4}
+    mask = choose(query, key, threshold, 0.4)
+    levels = jax.jit(functools.partial(sale.select, **options))(query, key)
+    np.testing.assert_array_equal(tokens_of(levels), mask)
+    shares = mask.mean((0, 2, 3)) / CAUSAL.mean()
+    assert shares[2] < shares[0] < shares[1] < shares[3] == 1
+    attend = jax.jit(functools.partial(sale.attention, **options))
+    output = attend(query, key, value)
+    assert output.dtype == dtype
+    assert_close(output, oracle.attention(query, key, value, mask, scale=0.4), dtype)
+    for array in (query, key, value):
+        array[0] = np.nan
+    np.testing.assert_array_equal(attend(query, key, value)[1], output[1])
+
+
+def test_threshold_none_is_dense_and_the_highest_leaves_the_forced_tiles():
+    query, key, _ = draw()
+    select = jax.jit(lambda *x: sale.select(*x[:2], **OPTIONS, threshold=x[2]))
+    for threshold in (0.0, np.inf):
+        levels = select(query, key, threshold)
+        block = np.arange(TOKENS) // BK
+        nearest = (np.arange(TOKENS) // BQ + 1) * BQ - WINDOW  # first key of the window
+        forced = CAUSAL & ((block == 0) | (block >= nearest[:, None] // BK))
+        expected = CAUSAL if threshold == 0 else forced
+        np.testing.assert_array_equal(tokens_of(levels), np.broadcast_to(expected, (2, 4, TOKENS, TOKENS)))
+
+
+def test_short_prompts_are_dense():
+    query, key, value = draw()
+    attend = jax.jit(functools.partial(sale.attention, **{**OPTIONS, "dense_length": TOKENS}, threshold=np.inf))
+    expected = oracle.attention(query, key, value, np.broadcast_to(CAUSAL, (2, 4, TOKENS, TOKENS)))
+    assert_close(attend(query, key, value), expected, "float32")
+
+
+def test_integers_reach_seven_and_a_token_of_zeros_stays_zero():
+    array = np.array([[0.5, -1.0, 0.25], [0, 0, 0], [1e-30, 0, -1e-30], [2, -2, 3]], np.float32)
+    numbers, step = jax.jit(sale.quantise)(array)
+    np.testing.assert_array_equal(numbers, [[4, -7, 2], [0, 0, 0], [7, 0, -7], [5, -5, 7]])
+    assert numbers.dtype == jnp.int8
+    assert_close(step, [1 / 7, 0, 1e-30 / 7, 3 / 7], "float32")
+
+
+def test_calibration_equals_halving_by_loops():
+    error = 1e-5  # with peaked logits nearly all tiles stay, and errors are small
+    query, key, value = draw(seed=1)
+    everything = np.broadcast_to(CAUSAL, (2, 4, TOKENS, TOKENS))
+    options = {**OPTIONS, "scale": 8.0}
+    exact, expected = oracle.attention(query, key, value, everything, scale=8.0), np.full(4, 0.008)
+    for _ in range(8):
+        mask = choose(query, key, expected, 8.0)
+        output = oracle.attention(query, key, value, mask, scale=8.0)
+        is_bad = (np.abs(output - exact).sum((1, 3)) >= error * TOKENS).any(0)
+        expected = np.where(is_bad, expected / 2, expected)
+        expected = np.where(expected <= 1e-4, 0, expected)
+    assert len(set(expected)) == 3
+    actual = jax.jit(functools.partial(sale.calibrate, **options, error=error))(query, key, value)
+    assert_close(actual, expected, "float32")
+
+
+def test_bad_arguments_are_named():
+    query, key, value = draw()
+    for options, name in (
+        ({"threshold": -0.1}, "threshold must be"),
+        ({"threshold": np.zeros(3, np.float32)}, "threshold must be"),
+        ({"local_window": 11}, "local_window must"),
+        ({"dense_length": -1}, "dense_length"),
+        ({"query_block_size": 0}, "query_block_size"),
+        ({"key_block_size": 0}, "key_block_size"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            sale.attention(query, key, value, **{**OPTIONS, **options})
+    with pytest.raises(ValueError, match="as many tokens"):
+        sale.attention(query[:, 1:], key, value)
