@@ -108,9 +108,11 @@ def select(
         raise ValueError(f"pool must be 'mean' or 'max', got pool={pool!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key = jax.lax.stop_gradient((query, key))
-    sizes = {"block_size": block_size, "segment_size": segment_size, "scale": scale}
-    order = sort_keys(sort_scores(query, key, **sizes), key.shape[1], segment_size)
-    probability = score_blocks(query, permute_keys(key, order), **sizes, pool=pool)
+    scores = sort_scores(query, key, block_size=block_size, segment_size=segment_size, scale=scale)
+    order = sort_keys(scores, key.shape[1], segment_size)
+    probability = score_blocks(
+        query, permute_keys(key, order), block_size=block_size, segment_size=segment_size, scale=scale, pool=pool
+    )
     block = jnp.arange(probability.shape[-1])
     segment = block * block_size // segment_size
     is_first = ((order == 0).argmax(-1) // block_size)[:, :, None, None] == block  # holds the first token
@@ -149,8 +151,9 @@ def attention(
       ValueError: an argument has a wrong shape, dtype or value.
     """
     scale = check_attention(query, key, value, scale)
-    options = {"threshold": threshold, "block_size": block_size, "segment_size": segment_size, "pool": pool}
-    levels, order = select(query, key, **options, scale=scale)
+    levels, order = select(
+        query, key, threshold=threshold, block_size=block_size, segment_size=segment_size, pool=pool, scale=scale
+    )
     visibility = make_visibility(query, key, is_causal=True)._replace(position=order.swapaxes(1, 2))
     key, value = permute_keys(key, order), permute_keys(value, order)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)

@@ -3,8 +3,8 @@
 Paper: ProxyAttn: Guided Sparse Attention via Representative Heads (arXiv 2509.24745). Training-free causal prefill. The
 heads of a group, whole groups of key/value heads, are averaged into one proxy query and key; one token in `stride` is
 kept. Softmax of the proxy's logits, then the largest weight in every pair of blocks, ranks the key blocks of a query
-block. How many blocks head h keeps is found once: the real attention of its last query block, pooled to key blocks, says
-how many of them hold the mass `mass`; every query block keeps as many, and at least `min_tokens`.
+block. How many blocks head h keeps is found once: the real attention of its last query block, pooled to key blocks,
+says how many of them hold the mass `mass`; every query block keeps as many, and at least `min_tokens`.
 
 Defaults: one proxy head (four for Qwen2.5-7B-1M), stride 4, mass 0.95, at least 2048 tokens, blocks of 128.
 
@@ -140,7 +140,15 @@ def attention(
       ValueError: an argument has a wrong shape, dtype or value.
     """
     scale = check_attention(query, key, value, scale)
-    options = {"num_proxies": num_proxies, "stride": stride, "min_tokens": min_tokens, "block_size": block_size}
-    levels = select(query, key, **options, mass=mass, scale=scale)
+    levels = select(
+        query,
+        key,
+        num_proxies=num_proxies,
+        stride=stride,
+        mass=mass,
+        min_tokens=min_tokens,
+        block_size=block_size,
+        scale=scale,
+    )
     visibility = make_visibility(query, key, is_causal=True)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)
