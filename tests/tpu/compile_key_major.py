@@ -1,0 +1,65 @@
+"""Compiles the key-major kernels for chips that are not here, and prints each program's kernels.
+
+`python -m tests.tpu.compile_key_major`; with the word `all`, every variant for every chip (some minutes).
+"""
+
+import tests.tpu.libtpu_environment  # isort: skip  # noqa: F401
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
+from pallas_kernels.tpu.backward import attend_backward
+from pallas_kernels.tpu.forward import attend_forward
+
+CHIPS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
+SMALL = KeyMajorConfig(tile_size=32, tiles_per_step=2, backward_tile_size=32)
+# dtype, head_dim, block_size, is_packed, config
+DEFAULT_SIZES = ("bfloat16", 128, 128, False, KEY_MAJOR)
+VARIANTS = (
+    ("bfloat16", 256, 64, True, SMALL),
+    ("bfloat16", 96, 24, False, SMALL),
+    ("float32", 256, 512, False, SMALL),
+    ("float32", 64, 128, True, SMALL),
+    ("bfloat16", 64, 16, False, SMALL),
+    ("float32", 96, 64, False, SMALL),
+    ("float32", 128, 1000, True, SMALL),
+    ("bfloat16", 224, 1024, False, SMALL),
+)
+TOKENS, HEADS, TOP_K = 1024, 2, 3
+
+
+def compile_kernels(
+    topology: str, dtype: str, head_dim: int, block_size: int, is_packed: bool, config: KeyMajorConfig
+) -> set[str]:
+    """Names of the kernels in the program compiled for the topology."""
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
+
+    def array(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    query, key = (array(1, TOKENS, heads, head_dim, dtype=dtype) for heads in (HEADS, 1))
+    log_sum_exp = array(1, TOKENS, HEADS, dtype="float32")
+    block = array(1, TOKENS if is_packed else -(-TOKENS // block_size))
+    options = {"block_size": block_size, "is_packed": is_packed, "scale": 0.1, "config": config}
+
+    def run(query, key, indices, log_sum_exp, block, key_stop):
+        places = {"block_start": block, "block_length": block, "key_stop": key_stop}
+        inputs = (query, key, key, indices)
+        forward = attend_forward(*inputs, **places, **options)
+        return forward, attend_backward(*inputs, *forward, query, log_sum_exp, **places, **options)
+
+    program = jax.jit(run).lower(query, key, array(1, HEADS, TOKENS, TOP_K), log_sum_exp, block, array(1, TOKENS))
+    program.compile()
+    return set(re.findall(r'kernel_name = "(\w+)"', program.as_text()))
+
+
+if __name__ == "__main__":
+    for number, chip in enumerate(CHIPS):
+        for variant in (DEFAULT_SIZES, *(VARIANTS if sys.argv[1:] == ["all"] else VARIANTS[number : number + 1])):
+            print(chip, *sorted(compile_kernels(chip, *variant)), flush=True)
