@@ -102,11 +102,11 @@ def select(
     check_whole_blocks(query, key, block_size)
     query, key = jax.lax.stop_gradient((query, key))
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    means = [split_blocks(array.astype(dtype), block_size).mean(2) for array in (query, key)]
+    query_mean, key_mean = (split_blocks(array.astype(dtype), block_size).mean(2) for array in (query, key))
     visible = visible_blocks(make_visibility(query, key, is_causal=True), block_size, block_size)
     high, low = temperatures or (None, None)
-    fast, _ = band_probability(*means, visible, size=high_size, is_high=True, temperature=high)
-    slow, _ = band_probability(*means, visible, size=low_size, is_high=False, temperature=low)
+    fast, _ = band_probability(query_mean, key_mean, visible, size=high_size, is_high=True, temperature=high)
+    slow, _ = band_probability(query_mean, key_mean, visible, size=low_size, is_high=False, temperature=low)
     chosen = choose.top_p(fast, high_threshold) | choose.top_p(slow, low_threshold)
     row, column = jnp.arange(chosen.shape[-2])[:, None], jnp.arange(chosen.shape[-1])[None]
     is_forced = (column == 0) | (column == row + chosen.shape[-1] - chosen.shape[-2])
