@@ -206,10 +206,10 @@ def _resolve(
     """The functions that route and attend."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
-    has_kernels = jax.default_backend() == "tpu"
+    has_kernels = jax.default_backend() in ("gpu", "tpu")
     if implementation == "pallas" and not has_kernels:
         raise NotImplementedError(
-            f"implementation='pallas' has kernels for TPU, none for {jax.default_backend()}; use 'xla'"
+            f"implementation='pallas' has kernels for GPU and TPU, none for {jax.default_backend()}; use 'xla'"
         )
     if implementation == "reference":
         return reference.route, reference.attend

@@ -1,20 +1,41 @@
 """Block-sparse attention by Pallas kernels: brings the library's arrays to them. The only module that imports Pallas.
 
-The kernels of `pallas_kernels/tpu` take plain arrays; what a `Layout` means is settled here. The gradient is that of
+The kernels of `pallas_kernels/tpu` and `pallas_kernels/gpu` take plain arrays; what a `Layout` means is settled here.
+The platform decides which of them run, or the configuration where one is given. The gradient is that of
 `sparse_attn.xla`: the probabilities are computed again from the log-sum-exp.
 """
 
 import functools
-from typing import Any
+import importlib
+import types
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu import routing
-from pallas_kernels.tpu.backward import attend_backward
-from pallas_kernels.tpu.forward import attend_forward
+from pallas_kernels.config import KeyMajorConfig, TritonConfig
 from sparse_attn.layout import Layout
+
+if TYPE_CHECKING:
+    from pallas_kernels.tpu.routing import RoutingConfig
+
+
+def _kernels(name: str, config: Any) -> types.ModuleType:
+    """The module of that name among the kernels that config is made for; for None among those of the platform."""
+    is_gpu = jax.default_backend() == "gpu"
+    if is_gpu:
+        warnings.warn(
+            "the GPU kernels are compiled and interpreted in tests but have not run on a GPU yet; "
+            "implementation='xla' is the proven path",
+            stacklevel=2,
+        )
+    is_gpu = is_gpu if config is None else isinstance(config, TritonConfig)
+    return importlib.import_module(f"pallas_kernels.{'gpu' if is_gpu else 'tpu'}.{name}")
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    return {} if config is None else {"config": config}
 
 
 def route(
@@ -24,15 +45,15 @@ def route(
     *,
     top_k: int,
     is_causal: bool,
-    config: routing.RoutingConfig = routing.DEFAULT,
+    config: "RoutingConfig | TritonConfig | None" = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Same as `reference.route`, by TPU kernels; config and interpret as in `attend`.
+    """Same as `reference.route`, by kernels; config and interpret as in `attend`.
 
     Raises:
-      NotImplementedError: a dtype that the kernels cannot do.
+      NotImplementedError: a dtype, head_dim or top_k that the kernels cannot do.
     """
-    return routing.route(
+    return _kernels("routing", config).route(
         query,
         key,
         block_start=layout.block_start,
@@ -42,7 +63,7 @@ def route(
         block_size=layout.block_size,
         top_k=top_k,
         is_causal=is_causal,
-        config=config,
+        **_sizes(config),
         interpret=interpret,
     )
 
@@ -55,15 +76,15 @@ def attend(
     layout: Layout,
     *,
     scale: float,
-    config: KeyMajorConfig = KEY_MAJOR,
+    config: KeyMajorConfig | TritonConfig | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Same as `reference.attend`, by TPU kernels.
+    """Same as `reference.attend`, by kernels.
 
     Args:
       query, key, value, indices, layout, scale: as there.
-      config: sizes inside the kernels.
-      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
+      config: sizes inside the kernels; None for those of the platform's kernels.
+      interpret: False, or what makes the kernels run on a CPU: `pltpu.InterpretParams` for TPU, True for GPU.
 
     Raises:
       NotImplementedError: a dtype, head_dim, block_size or top_k that the kernels cannot do.
@@ -84,11 +105,11 @@ def attend_gradients(
     d_log_sum_exp: jax.Array,
     *,
     scale: float,
-    config: KeyMajorConfig = KEY_MAJOR,
+    config: KeyMajorConfig | TritonConfig | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attend` for query, key and value, from its results and theirs."""
-    return attend_backward(
+    return _kernels("backward", config).attend_backward(
         query,
         key,
         value,
@@ -99,7 +120,7 @@ def attend_gradients(
         d_log_sum_exp,
         **_places(layout),
         scale=scale,
-        config=config,
+        **_sizes(config),
         interpret=interpret,
     )
 
@@ -129,11 +150,11 @@ def _attend(
     indices: jax.Array,
     layout: Layout,
     scale: float,
-    config: KeyMajorConfig,
+    config: KeyMajorConfig | TritonConfig | None,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    places = _places(layout)
-    return attend_forward(query, key, value, indices, **places, scale=scale, config=config, interpret=interpret)
+    options = {**_places(layout), **_sizes(config), "scale": scale, "interpret": interpret}
+    return _kernels("forward", config).attend_forward(query, key, value, indices, **options)
 
 
 def _attend_forward(
@@ -143,7 +164,7 @@ def _attend_forward(
     indices: jax.Array,
     layout: Layout,
     scale: float,
-    config: KeyMajorConfig,
+    config: KeyMajorConfig | TritonConfig | None,
     interpret: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     output, log_sum_exp = _attend(query, key, value, indices, layout, scale, config, interpret)
@@ -151,7 +172,11 @@ def _attend_forward(
 
 
 def _attend_backward(
-    scale: float, config: KeyMajorConfig, interpret: Any, residuals: tuple, gradients: tuple[jax.Array, jax.Array]
+    scale: float,
+    config: KeyMajorConfig | TritonConfig | None,
+    interpret: Any,
+    residuals: tuple,
+    gradients: tuple[jax.Array, jax.Array],
 ) -> tuple:
     inputs_and_results = *residuals, *gradients
     d_query, d_key, d_value = attend_gradients(*inputs_and_results, scale=scale, config=config, interpret=interpret)
