@@ -54,17 +54,19 @@ def tokens_of(levels):
     return np.asarray(levels.to_mask()).repeat(BQ, 2).repeat(BK, 3)[:, :, :TOKENS, :TOKENS] & CAUSAL
 
 
+@jax.jit
+def select(query, key, threshold):
+    return sale.select(query, key, **OPTIONS, threshold=threshold, scale=0.4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_choice_and_output_equal_loops(dtype, strict_ranks):
+def test_output_equals_a_dense_softmax_over_the_choice_of_loops(dtype, strict_ranks):
     query, key, value = draw(jnp.dtype(dtype))
     threshold = np.array([0.5, 0.2, 3.0, 1e-9], np.float32)
-    options = {**OPTIONS, "threshold": threshold, "scale": 0.4}
     mask = choose(query, key, threshold, 0.4)
-    levels = jax.jit(functools.partial(sale.select, **options))(query, key)
-    np.testing.assert_array_equal(tokens_of(levels), mask)
     shares = mask.mean((0, 2, 3)) / CAUSAL.mean()
     assert shares[2] < shares[0] < shares[1] < shares[3] == 1
-    attend = jax.jit(functools.partial(sale.attention, **options))
+    attend = jax.jit(functools.partial(sale.attention, **OPTIONS, threshold=threshold, scale=0.4))
     output = attend(query, key, value)
     assert output.dtype == dtype
     assert_close(output, oracle.attention(query, key, value, mask, scale=0.4), dtype)
@@ -73,23 +75,23 @@ def test_choice_and_output_equal_loops(dtype, strict_ranks):
     np.testing.assert_array_equal(attend(query, key, value)[1], output[1])
 
 
-def test_threshold_none_is_dense_and_the_highest_leaves_the_forced_tiles():
+def test_choice_equals_loops_and_no_threshold_is_dense_and_the_highest_leaves_the_forced_tiles(strict_ranks):
     query, key, _ = draw()
-    select = jax.jit(lambda *x: sale.select(*x[:2], **OPTIONS, threshold=x[2]))
-    for threshold in (0.0, np.inf):
-        levels = select(query, key, threshold)
-        block = np.arange(TOKENS) // BK
-        nearest = (np.arange(TOKENS) // BQ + 1) * BQ - WINDOW  # first key of the window
-        forced = CAUSAL & ((block == 0) | (block >= nearest[:, None] // BK))
-        expected = CAUSAL if threshold == 0 else forced
-        np.testing.assert_array_equal(tokens_of(levels), np.broadcast_to(expected, (2, 4, TOKENS, TOKENS)))
+    threshold = np.array([0.5, 0.2, 0.0, np.inf], np.float32)
+    chosen = tokens_of(select(query, key, threshold))
+    np.testing.assert_array_equal(chosen[:, :3], choose(query, key, threshold, 0.4)[:, :3])
+    np.testing.assert_array_equal(chosen[:, 2], [CAUSAL, CAUSAL])
+    block, first = np.arange(TOKENS) // BK, (np.arange(TOKENS) // BQ + 1) * BQ - WINDOW  # first key of the window
+    forced = CAUSAL & ((block == 0) | (block >= first[:, None] // BK))
+    np.testing.assert_array_equal(chosen[:, 3], [forced, forced])
 
 
 def test_short_prompts_are_dense():
-    query, key, value = draw()
-    attend = jax.jit(functools.partial(sale.attention, **{**OPTIONS, "dense_length": TOKENS}, threshold=np.inf))
-    expected = oracle.attention(query, key, value, np.broadcast_to(CAUSAL, (2, 4, TOKENS, TOKENS)))
-    assert_close(attend(query, key, value), expected, "float32")
+    query, key, _ = draw()
+    for dense_length in (TOKENS, TOKENS - 1):
+        options = {**OPTIONS, "dense_length": dense_length, "threshold": np.inf}
+        chosen = tokens_of(jax.jit(functools.partial(sale.select, **options))(query, key))
+        assert (chosen == CAUSAL).all() == (dense_length == TOKENS)
 
 
 def test_integers_reach_seven_and_a_token_of_zeros_stays_zero():

@@ -89,14 +89,6 @@ def test_classes_output_and_gradients_equal_dense_sums(options, critical, neglig
         assert_close((gradient * direction[place]).sum(), oracle.slope(loss, doubles, direction), "float32")
 
 
-def test_without_projection_only_the_critical_blocks_count():
-    query, key, value, projection, bias, _ = draw()
-    attend = jax.jit(functools.partial(sla.attention, **SIZES, density=0.3))
-    mask = classify(query, key, 3, 0).repeat(8, 2).repeat(4, 3)[:, :, :37, :37] == 1
-    expected = oracle.attention(query, key, value, mask)
-    assert_close(attend(query, key, value, 0 * projection, 0 * bias), expected, "float32")
-
-
 def test_no_marginal_block_and_no_common_feature_give_no_linear_part():
     query, key, value, projection, bias, _ = draw(tokens=8)
     everything = {**SIZES, "linear_keys": "marginal", "density": 1.0}
