@@ -33,7 +33,7 @@ def softmax(scores: jax.Array, can_choose: jax.Array | None = None) -> jax.Array
     """
     if can_choose is not None:
         scores = jnp.where(can_choose, scores, -jnp.inf)
-    largest = scores.max(-1, keepdims=True)
+    largest = scores.max(-1, keepdims=True, initial=-jnp.inf)  # a row may have no columns
     weight = jnp.exp(scores - jnp.where(jnp.isneginf(largest), 0, largest))
     total = weight.sum(-1, keepdims=True)
     return weight / jnp.where(total == 0, 1, total)

@@ -189,6 +189,14 @@ def test_bad_arguments_are_named(system, change):
         system.attention(*draw(), **OPTIONS[system] | change)
 
 
+@pytest.mark.parametrize("tokens", [5, 16])
+def test_pbs_is_dense_up_to_one_segment(tokens):
+    arrays = [array[:, :tokens] for array in draw()]
+    output = compiled(pbs_attention)(*arrays)
+    mask = np.broadcast_to(np.tri(tokens, dtype=bool), (2, 4, tokens, tokens))
+    assert_close(output, oracle.attention(*arrays, mask), "float32")
+
+
 def test_queries_at_the_end_of_longer_keys():
     query, key, value = draw()
     whole = compiled(xattention)(query, key, value)
