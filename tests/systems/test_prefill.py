@@ -56,8 +56,8 @@ def padded_mean(block):
     return np.concatenate([block, np.zeros((BLOCK - len(block), block.shape[1]))]).mean(0)
 
 
-def choose_xattention(query, key, threshold, stride, **_):
-    """Key blocks of every query block of one head; arrays [tokens, head_dim]."""
+def choose_xattention(query, key, threshold, stride, chunk_size=0, **_):
+    """Key blocks of every query block of one head; arrays [tokens, head_dim]. Published rule in the first chunk."""
     tokens = len(query)
     query, key = (np.pad(x, ((0, -tokens % BLOCK), (0, 0))) for x in (query, key))
     tiles = -(-tokens // stride)
@@ -70,7 +70,12 @@ def choose_xattention(query, key, threshold, stride, **_):
     chosen = []
     for i in range(-(-tokens // BLOCK)):
         mass = [weights[i * side : (i + 1) * side, j * side : (j + 1) * side].sum() for j in range(i + 1)]
-        chosen.append(top_p(mass, threshold, {0, i}))
+        if i < chunk_size // BLOCK:
+            kept = top_p(mass, threshold, [i])
+            others = sorted(set(range(i + 1)) - set(kept), key=lambda j: -mass[j])
+            chosen.append({0, *kept, *others[:1]})
+        else:
+            chosen.append(top_p(mass, threshold, {0, i}))
     return chosen
 
 
@@ -204,6 +209,16 @@ def test_queries_at_the_end_of_longer_keys():
     assert_close(tail, whole[:, 24:], "float32")
     with pytest.raises(ValueError, match="whole blocks"):
         xattention.attention(query[:, 23:], key, value, **OPTIONS[xattention])
+
+
+def test_xattention_published_choice_in_the_first_chunk():
+    query, key, _ = draw()
+    options = OPTIONS[xattention] | {"threshold": 0.4, "chunk_size": 3 * BLOCK}
+    choice, _ = expected_mask(xattention, query, key, options)
+    described, _ = expected_mask(xattention, query, key, options | {"chunk_size": 0})
+    assert (choice != described).any()
+    levels = jax.jit(functools.partial(xattention.select, **options))(query, key)
+    np.testing.assert_array_equal(levels.to_mask(), choice)
 
 
 def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
