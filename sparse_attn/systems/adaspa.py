@@ -117,21 +117,18 @@ def search(
     end = jnp.minimum(block_size * (jnp.arange(num_blocks) + 1), num_tokens)
     has_text = end > num_tokens - text_length  # [blocks]
     is_forced = (has_text[:, None] | has_text[None, :])[None, None]
-    candidates = jnp.where(has_text[None, None, None], -jnp.inf, mass)
-
-    def choose_blocks(count: int | jax.Array) -> jax.Array:
-        return choose.top_k(candidates, count) | is_forced
-
+    ranking = choose.rank(jnp.where(has_text[None, None, None], -jnp.inf, mass))
     num_video = max(0, num_tokens - text_length) // block_size if text_length else num_blocks
     count = max(1, round((1 - sparsity) * num_video))
     fewer = max(1, count // 2)
-    recall = jnp.where(choose_blocks(count), mass, 0).sum((2, 3)) / mass.sum((2, 3))  # [batch, heads]
+    kept_mass = jnp.where((ranking < count) | is_forced, mass, 0).sum((2, 3))
+    recall = kept_mass / mass.sum((2, 3))  # [batch, heads]
     place = choose.rank(recall)
     num_adapted = jnp.minimum((recall > _RECALL).sum(-1, keepdims=True), num_heads // 2)
     counts = jnp.where(place < num_adapted, fewer, count)
     counts = jnp.where(place >= num_heads - num_adapted, 2 * count - fewer, counts)
-    levels = choose_blocks(counts[..., None, None]).astype(jnp.int8)
-    return Search(LevelMap(levels, block_size, block_size), log_sum_exp)
+    chosen = (ranking < counts[..., None, None]) | is_forced
+    return Search(LevelMap(chosen.astype(jnp.int8), block_size, block_size), log_sum_exp)
 
 
 def attention(
