@@ -8,6 +8,7 @@ video without one: two leagues, each with an oracle that knows the true mass of 
 """
 
 import dataclasses
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +28,22 @@ from experiments.studies.snr import attention_inputs
 from experiments.studies.variants import dense, train_variants, write_study
 from experiments.train import load_run
 from sparse_attn.grammar import choose, score
-from sparse_attn.selection import BlockSelection, LevelMap
-from sparse_attn.systems import moba, pisa, vmoba
+from sparse_attn.selection import LevelMap
+from sparse_attn.systems import (
+    bsfa,
+    infllm_v2,
+    moba,
+    pbs_attention,
+    pisa,
+    prism,
+    proxy_attention,
+    psa,
+    rectified,
+    sale,
+    sla,
+    vmoba,
+    xattention,
+)
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -36,7 +51,7 @@ from sparse_attn.visibility import make_visibility
 if TYPE_CHECKING:
     from experiments.configs import Preset
 
-_STEPS = 7  # of the bisection over a setting
+_STEPS = 6  # of the bisection over a setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,34 +108,73 @@ class Oracle:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A system with one dial: `options(setting)` are its keywords, and its density grows from `low` to `high`."""
+    """A system with one dial: `options(setting, query, key)` are its keywords; density grows from `low` to `high`."""
 
     system: ModuleType | type[Oracle]
     is_causal: bool
-    options: Callable[[float], dict[str, Any]]
-    low: float
-    high: float
+    options: Callable[[float, jax.Array, jax.Array], dict[str, Any]]
+    low: float = 0.0
+    high: float = 1.0
 
 
 def contestants(config: ComparisonConfig) -> list[Contestant]:
-    """Every system that needs no trained parts of its own. The numbers of blocks are dialled as real numbers."""
-    blocks, size = -(-config.sequence_length // config.block_size), config.block_size
+    """Every system that chooses by itself, without trained parts: x is the dial, of which counts are rounded.
 
-    def count(setting: float) -> int:
-        return max(1, round(setting))
+    BSFA's thresholds are calibrated on the very sequences it is measured on, and SLA's linear branch is switched off by
+    its untrained projection.
+    """
+    size, blocks = config.block_size, -(-config.sequence_length // config.block_size)
+    both = {"query_block_size": size, "key_block_size": size}
+    one = {"block_size": size}
 
-    return [
-        Contestant(moba, True, lambda x: {"block_size": size, "top_k": count(x)}, 1, blocks),
-        Contestant(Oracle, True, lambda x: {"block_size": size, "top_k": count(x), "is_causal": True}, 1, blocks),
-        Contestant(Oracle, False, lambda x: {"block_size": size, "top_k": count(x), "is_causal": False}, 1, blocks),
-        Contestant(
-            vmoba,
-            False,
-            lambda x: {"grid_shape": (config.sequence_length, 1, 1), "box_shape": (size,), "threshold": x},
-            0,
-            1,
-        ),
-        Contestant(pisa, False, lambda x: {"block_size": size, "density": x}, 0, 1),
+    def count(x: float) -> int:
+        return max(1, round(x))
+
+    def tune_bsfa(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
+        return {**both, "thresholds": bsfa.calibrate(query, key, top_k=count(x), **both)}
+
+    def split_bands(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
+        thresholds = {"high_threshold": x, "low_threshold": x}
+        return {**one, **thresholds, "high_size": query.shape[3] // 2, "low_size": 3 * query.shape[3] // 4}
+
+    def draw_samples(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
+        bounds = tuple(min(1.0, x + more) for more in (0.0, 0.1, 0.2, 0.4))
+        return {**both, "bounds": bounds, "offsets": psa.draw_offsets(jax.random.key(0), query, key, **both)}
+
+    def switch_off(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
+        head_dim = query.shape[3]
+        return {**both, "density": x, "projection": jnp.zeros((head_dim, head_dim)), "bias": jnp.zeros(head_dim)}
+
+    pools = {
+        "pool_size": size // 2,
+        "pool_stride": size // 4,
+        "initial_blocks": 1,
+        "local_blocks": 0,
+        "dense_length": 1,
+    }
+    sale_sizes = {**both, "local_window": size, "dense_length": 1}
+    line = {"grid_shape": (config.sequence_length, 1, 1), "box_shape": (size,)}
+    causal = [
+        (moba, lambda x, q, k: {**one, "top_k": count(x)}, 1, blocks),
+        (infllm_v2, lambda x, q, k: {**one, **pools, "top_k": count(x)}, 1, blocks),
+        (xattention, lambda x, q, k: {**one, "stride": size // 4, "threshold": x}, 0, 1),
+        (prism, split_bands, 0, 1),
+        (pbs_attention, lambda x, q, k: {**one, "segment_size": 2 * size, "threshold": x}, 0, 1),
+        (proxy_attention, lambda x, q, k: {**one, "min_tokens": 1, "mass": x}, 0, 1),
+        (bsfa, tune_bsfa, 1, blocks),
+        (sale, lambda x, q, k: {**sale_sizes, "threshold": 10 ** (2 - 8 * x)}, 0, 1),
+        (Oracle, lambda x, q, k: {**one, "is_causal": True, "top_k": count(x)}, 1, blocks),
+    ]
+    all_see_all = [
+        (vmoba, lambda x, q, k: {**line, "threshold": x}, 0, 1),
+        (psa, draw_samples, 0, 1),
+        (pisa, lambda x, q, k: {**one, "density": x}, 0, 1),
+        (sla, switch_off, 0, 1),
+        (rectified, lambda x, q, k: {**one, "top_k": 1, "threshold": x}, 0, 1),
+        (Oracle, lambda x, q, k: {**one, "is_causal": False, "top_k": count(x)}, 1, blocks),
+    ]
+    return [Contestant(system, True, *rest) for system, *rest in causal] + [
+        Contestant(system, False, *rest) for system, *rest in all_see_all
     ]
 
 
@@ -195,37 +249,18 @@ def visible_mask(query: jax.Array, key: jax.Array, is_causal: bool) -> np.ndarra
 def exact_mask(
     contestant: Contestant, setting: float, query: jax.Array, key: jax.Array, value: jax.Array
 ) -> np.ndarray:
-    """The pairs of tokens that a system attends exactly: bool `[batch, heads, queries, keys]`.
-
-    The keys stand in the order in which the system put them.
-    """
-    choice = _call(contestant.system.select, contestant.options(setting), query, key, value)
+    """The pairs of tokens that a system attends exactly: bool `[batch, heads, queries, keys]`."""
+    choice = _call(contestant.system.select, contestant.options(setting, query, key), query, key, value)
+    choice, order = choice if isinstance(choice, tuple) else (choice, None)  # PBS-Attn gives the order of keys too
     mask = np.asarray(choice.to_mask())
-    if isinstance(choice, BlockSelection):
-        mask = mask.repeat(choice.block_size, 3)
-    else:
+    if isinstance(choice, LevelMap):
         mask = mask.repeat(choice.query_block_size, 2).repeat(choice.key_block_size, 3)
-    return mask[:, :, : query.shape[1], : key.shape[1]] & visible_mask(query, key, contestant.is_causal)
-
-
-def attention_matrix(attention: Callable[..., jax.Array], query: jax.Array, key: jax.Array) -> np.ndarray:
-    """The weight that each query gives each key, `[batch, heads, queries, keys]`: attention to unit vectors as values.
-
-    Any system whose output is linear in the values can be looked into so, whatever it does with order and blocks.
-    """
-    batch, num_keys, kv_heads, head_dim = key.shape
-    units = jnp.eye(-(-num_keys // head_dim) * head_dim)[:num_keys].reshape(num_keys, -1, head_dim)
-
-    @jax.jit
-    def probe(query: jax.Array, key: jax.Array) -> jax.Array:
-        def attend(unit: jax.Array) -> jax.Array:  # [keys, head_dim]
-            value = jnp.broadcast_to(unit[None, :, None], (batch, num_keys, kv_heads, head_dim))
-            return attention(query, key, value.astype(key.dtype))
-
-        return jax.lax.map(attend, units.swapaxes(0, 1))  # [parts, batch, queries, heads, head_dim]
-
-    weights = np.moveaxis(np.asarray(probe(query, key)), 0, 3)  # [batch, queries, heads, parts, head_dim]
-    return weights.reshape(*weights.shape[:3], -1)[..., :num_keys].swapaxes(1, 2)
+    else:
+        mask = mask.repeat(choice.block_size, 3)
+    mask = mask[:, :, : query.shape[1], : key.shape[1]]
+    if order is not None:
+        mask = np.take_along_axis(mask, np.argsort(order, axis=-1)[:, :, None], axis=3)
+    return mask & visible_mask(query, key, contestant.is_causal)
 
 
 def measure_system(
@@ -247,7 +282,7 @@ def measure_system(
       error: norm of (output - dense output) over the norm of dense output.
       select_ms, total_ms: median time of the choice alone and of the call.
     """
-    system, options = contestant.system, contestant.options(setting)
+    system, options = contestant.system, contestant.options(setting, query, key)
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return system.attention(query, key, value, **options)
@@ -259,10 +294,7 @@ def measure_system(
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, np.repeat(value, group, 2))
-    if system.RECIPE.rest == "drop":
-        mask = attention_matrix(attend, query, key) > 0
-    else:  # what stands in for the rest gives every key some weight
-        mask = exact_mask(contestant, setting, query, key, value)
+    mask = exact_mask(contestant, setting, query, key, value)
     output = np.asarray(jax.jit(attend)(query, key, value))
 
     def median_ms(function: Callable[..., Any]) -> float:
@@ -285,6 +317,7 @@ def measure_system(
 
 
 def _call(select: Callable[..., Any], options: dict[str, Any], *arrays: jax.Array) -> Any:
-    """A system's choice; some look at the values too."""
-    takes_values = "value" in select.__code__.co_varnames[: select.__code__.co_argcount]
-    return select(*arrays[: 3 if takes_values else 2], **options)
+    """A system's choice, by those of its options that concern the choice; some look at the values too."""
+    parameters = inspect.signature(select).parameters
+    options = {name: option for name, option in options.items() if name in parameters}
+    return select(*arrays[: 3 if "value" in parameters else 2], **options)
