@@ -13,7 +13,7 @@ from tests import cases, oracle
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", *(("pallas",) if jax.default_backend() == "gpu" else ()))
 
 
 def select(case, indices):

@@ -23,9 +23,9 @@ float32, or in the dtype of the keys where one chunk holds all rows of a head.
 Memory. Registers of the third kernel: two accumulators and two products [key_size, backward_tile_size]. Global memory:
 inputs, outputs, partial dQ of a chunk.
 
-Speed. The arithmetic of seven products instead of five, for P and dS are computed twice; in exchange no kernel adds to
-memory that another program may touch. Queries and gradients of outputs are gathered twice. At the sizes named in
-`forward`: 3.8 TFLOP and 26 GB, 5.5 ms on an H200 at its peak rate of memory (`docs/gpu-roofline.md`).
+Speed. Bound by memory. Seven products instead of five, for P and dS are computed twice, and queries and gradients of
+outputs are gathered twice; in exchange no kernel adds to memory that another program may touch. At the sizes named in
+`forward`: 32 GB and 3.9 TFLOP, by arithmetic 6.7 ms on an H200 (`docs/gpu-roofline.md`).
 """
 
 import functools

@@ -20,7 +20,7 @@ from pallas_kernels.config import TritonConfig
 from pallas_kernels.gpu.tiles import SMALLEST_SIDE, ceil_div, iota, load_numbers, padded_head_dim, power_of_two
 from pallas_kernels.schedule import Schedule, make_schedule
 
-_LEAST_CHUNK_BYTES = 32 << 20
+_LEAST_CHUNK_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Plan:
 
 
 def make_plan(
-    query: jax.Array,
-    key: jax.Array,
-    indices: jax.Array,
+    query: jax.Array | jax.ShapeDtypeStruct,
+    key: jax.Array | jax.ShapeDtypeStruct,
+    indices: jax.Array | jax.ShapeDtypeStruct,
     *,
     num_blocks: int,
     block_size: int,
@@ -98,7 +98,8 @@ def make_plan(
     rows = num_queries * num_heads // kv_heads
     budget = config.chunk_bytes
     if budget is None:
-        budget = max(arrays * (query.size + key.size) * query.dtype.itemsize // 8, _LEAST_CHUNK_BYTES)
+        whole = arrays * (query.size + key.size) * query.dtype.itemsize
+        budget = max(whole * 3 // 16 - 4 * indices.size, whole // 16, _LEAST_CHUNK_BYTES)
     rows_that_fit = budget // (top_k * (head_dim * query.dtype.itemsize + 16))  # 16: log-sum-exp, pair, room to sort
     if config.chunk_bytes is None:  # two tiles a block on average, so that half-empty tiles stay few
         rows_that_fit = max(rows_that_fit, 2 * tile_size * ceil_div(num_keys, block_size) // top_k)

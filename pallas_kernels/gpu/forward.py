@@ -16,15 +16,17 @@ after another, weighs them by their log-sum-exp and writes the output to its pla
 head_dim]`, and the log-sum-exp of the whole.
 
 Memory. Registers: an accumulator [tile_size, head_dim] in float32, logits [tile_size, key_size]. Shared memory: queries
-[tile_size, head_dim], `num_stages` stretches of keys and of values. Global memory: inputs, outputs, and the partial
-results of one chunk, an eighth of those; nothing is copied into another order, and keys are never repeated.
+[tile_size, head_dim], `num_stages` stretches of keys and of values; 96 KiB at head_dim 128 in 16 bits. Global memory:
+inputs, outputs, and the partial results of one chunk, at most 3/16 of those as a rule; nothing is copied into another
+order, and keys are never repeated.
 
-Speed. Bound by memory. At 64K tokens, 32 heads of 128, top_k 8, in bfloat16: 4.3 GB of partial outputs written and read
-again, 4.3 GB of gathered queries (of which few hit the L2 cache), 1.1 TFLOP: 2.7 ms and 1.5 ms on an H200 at its peaks
-(`docs/gpu-roofline.md`).
+Speed. Bound by memory. At 64K tokens, 32 heads of 128, top_k 8, in bfloat16: 4.3 GB of queries gathered (few hit the L2
+cache), 4.3 GB of partial outputs written and read again, 1.2 TFLOP. By arithmetic at the peaks of an H200, 2.0 ms to
+attend and 1.0 ms to merge (`docs/gpu-roofline.md`).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,6 +105,52 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
+    plan, attend = attend_chunks(
+        query,
+        key,
+        value,
+        indices,
+        block_start=block_start,
+        block_length=block_length,
+        key_stop=key_stop,
+        block_size=block_size,
+        is_packed=is_packed,
+        scale=scale,
+        config=config,
+        interpret=interpret,
+    )
+    config = config.for_rows(plan.columns * query.dtype.itemsize)
+
+    def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _merge(chunk, *attend(chunk), *outputs, plan, config, interpret)
+
+    num_rows = query.size // plan.head_dim
+    empty = jnp.zeros((num_rows, plan.head_dim), query.dtype), jnp.zeros(num_rows, jnp.float32)
+    output, log_sum_exp = for_chunks(plan, indices, config.tile_size, attend_chunk, empty)
+    return output.reshape(query.shape), log_sum_exp.reshape(query.shape[:3])
+
+
+def attend_chunks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    indices: jax.Array,
+    *,
+    block_start: jax.Array,
+    block_length: jax.Array,
+    key_stop: jax.Array,
+    block_size: int,
+    is_packed: bool,
+    scale: float,
+    config: TritonConfig = TRITON,
+    interpret: bool = False,
+) -> tuple[Plan, Callable[[Chunk], tuple[jax.Array, jax.Array]]]:
+    """The first half of `attend_forward`, whose arguments it takes: the plan, and what attends a chunk of it.
+
+    Returns:
+      The plan, and a function from a chunk to partial outputs `[chunk_heads * chunk_pairs, head_dim]` and their log2 of
+      the sum of exp2 `[chunk_heads * chunk_pairs]`. Entries of no pair hold anything.
+    """
     del is_packed
     check_supported(query)
     config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
@@ -117,18 +165,9 @@ def attend_forward(
         arrays=2,
         config=config,
     )
-    head_dim = plan.head_dim
-    rows, keys, values = (array.reshape(-1, head_dim) for array in (query, key, value))
+    rows, keys, values = (array.reshape(-1, plan.head_dim) for array in (query, key, value))
     numbers = block_start.reshape(-1), block_length.reshape(-1), key_stop.reshape(-1)
-
-    def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        partials = _attend(chunk, *numbers, rows, keys, values, plan, config, interpret)
-        return _merge(chunk, *partials, *outputs, plan, config, interpret)
-
-    num_rows = rows.shape[0]
-    empty = jnp.zeros((num_rows, head_dim), query.dtype), jnp.zeros(num_rows, jnp.float32)
-    output, log_sum_exp = for_chunks(plan, indices, config.tile_size, attend_chunk, empty)
-    return output.reshape(query.shape), log_sum_exp.reshape(query.shape[:3])
+    return plan, lambda chunk: _attend(chunk, *numbers, rows, keys, values, plan, config, interpret)
 
 
 def _attend(
@@ -143,7 +182,7 @@ def _attend(
     config: TritonConfig,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Partial outputs `[chunk_heads * chunk_pairs, head_dim]` and their log2-sum-exp2, without the rows of no pair."""
+    """What `attend_chunks` returns, for one chunk."""
     num_pairs = plan.chunk_heads * plan.chunk_pairs
     schedule = chunk.schedule
     return pl.pallas_call(

@@ -1,0 +1,227 @@
+"""What the GPU kernels should cost, by arithmetic: bytes and operations of every stage, at a chip's published peaks.
+
+`python -m pallas_kernels.gpu.on_device` prints it where there is no GPU. Nothing in it is measured: it is the time
+below which no stage can go if each byte named here passes the memory once and nothing else gets in the way.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.config import TRITON
+from pallas_kernels.gpu.chunks import make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks: bytes a second, 16-bit tensor operations a second, float32 operations a second."""
+
+    name: str
+    memory: float
+    tensor: float
+    vector: float
+
+
+H200 = Chip("H200", memory=4.8e12, tensor=989e12, vector=67e12)
+
+# Per pair: its sort key written and read, four passes of a radix sort over 32 bits, the sorted keys split into block
+# and pair, counts, slots, and the pair scattered to its slot.
+_SCHEDULE_BYTES = 80
+_EXTRACTION_OPERATIONS = 8  # per score
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Causal self-attention over full sequences, in a 16-bit type."""
+
+    sequence: int
+    block_size: int
+    top_k: int
+    head_dim: int
+    batch: int = 2
+    heads: int = 16
+
+    @property
+    def rows(self) -> int:
+        """Queries of all heads."""
+        return self.batch * self.heads * self.sequence
+
+    @property
+    def num_blocks(self) -> int:
+        return self.sequence // self.block_size
+
+    @property
+    def pairs(self) -> int:
+        """Chosen (query, block) pairs; the first queries have fewer blocks than top_k."""
+        chosen = sum(min(block + 1, self.top_k) for block in range(self.num_blocks))
+        return self.batch * self.heads * chosen * self.block_size
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of queries, as many of keys, values and outputs."""
+        return self.rows * self.head_dim * 2
+
+    def slots(self, tile_size: int) -> float:
+        """Places in tiles: the pairs, and half a tile of padding a block."""
+        return self.pairs + self.batch * self.heads * self.num_blocks * tile_size / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Bytes through the memory, 16-bit tensor operations and float32 operations of one stage."""
+
+    name: str
+    bytes: float
+    tensor: float = 0.0
+    vector: float = 0.0
+
+    def milliseconds(self, chip: Chip) -> float:
+        """Time at the peaks; memory and arithmetic overlap, the two kinds of arithmetic do not."""
+        return 1e3 * max(self.bytes / chip.memory, self.tensor / chip.tensor + self.vector / chip.vector)
+
+
+def forward_stages(problem: Problem) -> tuple[Stage, ...]:
+    """Routing, schedule, attention and merge, in that order."""
+    p, row = problem, 2 * problem.head_dim
+    return (
+        _route_stage(problem),
+        Stage("schedule", p.pairs * _SCHEDULE_BYTES),
+        Stage(  # queries gathered and partial results written, keys and values read
+            "attend",
+            p.pairs * (2 * row + 8) + 2 * p.array_bytes,
+            tensor=4 * p.slots(TRITON.tile_size) * p.block_size * p.head_dim,
+        ),
+        Stage("merge", p.pairs * (row + 8) + p.array_bytes + 4 * p.rows),
+    )
+
+
+def backward_stages(problem: Problem) -> tuple[Stage, ...]:
+    """Delta, schedule, dQ of pairs, its sum, and dK with dV."""
+    p, row = problem, 2 * problem.head_dim
+    products = 2 * p.slots(TRITON.backward_tile_size) * p.block_size * p.head_dim
+    return (
+        Stage("delta", 2 * p.array_bytes + 4 * p.rows),
+        Stage("schedule", p.pairs * _SCHEDULE_BYTES),
+        Stage("d_query of pairs", p.pairs * (3 * row + 16) + 2 * p.array_bytes, tensor=3 * products),
+        Stage("sum", p.pairs * (row + 4) + p.array_bytes),
+        Stage("d_key, d_value", p.pairs * (2 * row + 16) + 8 * p.array_bytes, tensor=4 * products),
+    )
+
+
+def _route_stage(problem: Problem) -> Stage:
+    """Means of keys, scores in three passes of the tensor cores, and the extraction of the best blocks."""
+    p = problem
+    visible = sum(range(1, p.num_blocks + 1)) * p.block_size * p.batch * p.heads  # (query, block) scores
+    stretch = min(TRITON.route_blocks, p.num_blocks)
+    scores_read = 0.0
+    for last in range(p.num_blocks):
+        seen = 0
+        for step in range(last // stretch + 1):
+            # Of the blocks of a stretch, about top_k stretch / seen enter a query's list. A tile goes on until the last
+            # of its queries is done: taken as twice that.
+            seen += stretch
+            scores_read += min(p.top_k if step == 0 else 2 * p.top_k * stretch / seen, stretch) * stretch
+    scores_read *= p.block_size * p.batch * p.heads
+    return Stage(
+        "route",
+        2 * p.array_bytes + 4 * p.rows * p.top_k,
+        tensor=3 * 2 * visible * p.head_dim,
+        vector=_EXTRACTION_OPERATIONS * scores_read,
+    )
+
+
+def dense_milliseconds(problem: Problem, chip: Chip) -> tuple[float, float]:
+    """Dense causal attention at the peak of the tensor cores: forward, and backward with its five products for two."""
+    forward = 4 * problem.rows * problem.sequence / 2 * problem.head_dim / chip.tensor * 1e3
+    return forward, 2.5 * forward
+
+
+def memory_ratio(problem: Problem) -> float:
+    """Memory of the forward pass over that of dense flash attention: inputs, output and log-sum-exp."""
+    p = problem
+    dense = 4 * p.array_bytes + 4 * p.rows
+    array = jax.ShapeDtypeStruct((p.batch, p.sequence, p.heads, p.head_dim), jnp.bfloat16)
+    indices = jax.ShapeDtypeStruct((p.batch, p.heads, p.sequence, p.top_k), jnp.int32)
+    plan = make_plan(
+        array,
+        array,
+        indices,
+        num_blocks=p.num_blocks,
+        block_size=p.block_size,
+        scale=1.0,
+        tile_size=TRITON.tile_size,
+        arrays=2,
+        config=TRITON,
+    )
+    chunk = plan.chunk_heads * plan.chunk_pairs * (2 * p.head_dim + 16)
+    return (dense + 4 * indices.size + chunk) / dense
+
+
+PROBLEMS = tuple(
+    Problem(sequence, block_size, top_k, head_dim)
+    for head_dim in (128, 64)
+    for block_size, top_k in ((128, 8), (64, 16), (512, 2))
+    for sequence in (1 << n for n in range(13, 20))
+)
+
+
+_EXPLANATION = (
+    "**Nothing here is measured**, and no GPU kernel of this library has run on a GPU yet. A stage takes at least the",
+    "longer of two times: its bytes over the memory's rate, its operations over the chip's. Left out are launches, the",
+    "share of a peak that a real kernel reaches, and hits in the L2 cache, which make it cheaper. The number of",
+    "extractions in routing is an estimate for scores in random order.",
+    "",
+    "Batch 2, 16 heads, bfloat16, causal; times in milliseconds. `dense` is causal dense attention at the peak of the",
+    "tensor cores, which no kernel reaches; it stands behind the pass that it compares with. `memory` is what the",
+    "forward pass holds over what dense attention holds.",
+    "",
+    "Written by `python -m pallas_kernels.gpu.on_device` on a machine without a GPU.",
+    "",
+)
+_COLUMNS = ("block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "dense", "backward", "dense")
+
+
+def table(chip: Chip = H200, problems: tuple[Problem, ...] = PROBLEMS) -> str:
+    """The roofline of the benchmark's problems as a page of Markdown."""
+    lines = [
+        "# What the GPU kernels should cost",
+        "",
+        f"Arithmetic at the published peaks of one {chip.name}: {chip.memory / 1e12:.1f} TB/s, "
+        f"{chip.tensor / 1e12:.0f} TFLOP/s in 16 bits, {chip.vector / 1e12:.0f} TFLOP/s in float32.",
+        *_EXPLANATION,
+    ]
+    for head_dim in dict.fromkeys(problem.head_dim for problem in problems):
+        lines += [
+            f"## head_dim {head_dim}",
+            "",
+            f"| {' | '.join(_COLUMNS)} | memory |",
+            "| --- " + "| ---: " * 10 + "|",
+        ]
+        for problem in problems:
+            if problem.head_dim != head_dim:
+                continue
+            forward = [stage.milliseconds(chip) for stage in forward_stages(problem)]
+            backward = sum(stage.milliseconds(chip) for stage in backward_stages(problem))
+            dense_forward, dense_backward = dense_milliseconds(problem, chip)
+            numbers = (*forward, sum(forward), dense_forward, backward, dense_backward)
+            lines.append(
+                f"| {problem.block_size} / {problem.top_k} | {problem.sequence} | "
+                + " | ".join(f"{number:.2f}" if number < 100 else f"{number:.0f}" for number in numbers)
+                + f" | {memory_ratio(problem):.2f} |"
+            )
+        lines.append("")
+    problem = Problem(65536, 128, 8, 128)
+    lines += [
+        "## Stage by stage: 64K tokens, block_size 128, top_k 8, head_dim 128",
+        "",
+        "| stage | GB | tensor TFLOP | float32 TFLOP | ms at the peaks |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, stages in (("forward", forward_stages(problem)), ("backward", backward_stages(problem))):
+        lines += [
+            f"| {kind}: {stage.name} | {stage.bytes / 1e9:.2f} | {stage.tensor / 1e12:.2f} | "
+            f"{stage.vector / 1e12:.3f} | {stage.milliseconds(chip):.2f} |"
+            for stage in stages
+        ]
+    return "\n".join(lines) + "\n"
