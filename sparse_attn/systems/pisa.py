@@ -1,9 +1,9 @@
 """PISA: the best blocks exactly, all others by their mean key, their values and one correction of first order.
 
-Paper: PISA: Piecewise Sparse Attention (arXiv 2602.01077). Training-free, for diffusion transformers; not causal. Query
-blocks score key blocks by the dot product of their means; the best share (`density`) is attended exactly. Around its
-mean k_j, the attention of another block of n_j keys is expanded: n_j exp(scale q k_j) joins the normaliser,
-exp(scale q k_j) sum(v) the sum of values, and the first-order term scale q H_j exp(scale q k_j), where
+Paper: PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion Transformers (arXiv 2602.01077). Training-free,
+not causal. Query blocks score key blocks by the dot product of their means; the best share (`density`) is attended
+exactly. Around its mean k_j, the attention of another block of n_j keys is expanded: n_j exp(scale q k_j) joins the
+normaliser, exp(scale q k_j) sum(v) the sum of values, and the first-order term scale q H_j exp(scale q k_j), where
 H_j = sum (k - k_j)^T v, is averaged over the row: scale q (sum_j H_j / tokens) times the whole mass of the tail.
 
 Defaults: blocks of 64, density 0.1 in the authors' function (0.15 in their readme; 0.125 for video). Tokens come in an

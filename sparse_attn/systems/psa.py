@@ -1,10 +1,10 @@
 """PSA: the better a key block, the finer it is read: exactly, as means of 2, 4 or 8 keys, or not at all.
 
-Paper: PSA: Pyramid Sparse Attention (arXiv 2512.04025). For video diffusion, not causal; training-free, or used while a
-model is distilled into few steps. A quarter of the tokens of every block, drawn at random, the same places in all
-blocks, scores pairs of blocks by exact attention. Of every row's ranking the best get level 1, the next 2, 4 and 8, the
-rest 0: at level h a block is attended as means of h keys and values that count h times each. Key blocks whose
-neighbours differ may be kept from high levels.
+Paper: PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation (arXiv 2512.04025). Not causal;
+training-free, or used while a model is distilled into few steps. A quarter of the tokens of every block, drawn at
+random, the same places in all blocks, scores pairs of blocks by exact attention. Of every row's ranking the best get
+level 1, the next 2, 4 and 8, the rest 0: at level h a block is attended as means of h keys and values that count h
+times each. Key blocks whose neighbours differ may be kept from high levels.
 
 Defaults: those of the authors' configuration class. They ship energy bounds .4, .5, .6, .8 for Wan2.1-14B, and .5, .6,
 .7, .8 with similarity_thresholds .7, .65, .6 for 1.3B, all with key blocks of 128, and draw anew at every call. Video

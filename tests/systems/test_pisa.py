@@ -58,47 +58,56 @@ def expect(query, key, value, *, top_k, block_size, use_moment_norm, scale, grou
     return levels, output
 
 
-@pytest.mark.parametrize("use_moment_norm", [False, True])
-def test_equals_loops(use_moment_norm, strict_ranks):
+@functools.cache
+def compiled(**options):
+    """Levels and output."""
+
+    @jax.jit
+    def call(query, key, value):
+        levels = pisa.select(query, key, value, **options)
+        return levels.levels, pisa.attention(query, key, value, **options)
+
+    return call
+
+
+def test_equals_loops_in_both_dtypes_and_row_by_row(strict_ranks):
+    attend = compiled(density=0.39, block_size=8, scale=0.9)
+    for dtype, name in ((np.float32, "float32"), (jnp.bfloat16, "bfloat16")):
+        query, key, value = draw(dtype=dtype)
+        levels, output = attend(query, key, value)
+        assert output.dtype == dtype
+        expected = expect(query, key, value, top_k=3, block_size=8, use_moment_norm=False, scale=0.9)  # int(0.39 * 10)
+        np.testing.assert_array_equal(levels, expected[0])
+        assert_close(output, expected[1], name)
+    for array in (query, key, value):
+        array[0] = np.nan
+    for beside_nan, alone in zip(attend(query, key, value), (levels, output), strict=True):
+        np.testing.assert_array_equal(beside_nan[1], alone[1])
+
+
+def test_choice_by_the_norm_of_moments_equals_loops(strict_ranks):
     query, key, value = draw()
-    options = {"block_size": 8, "use_moment_norm": use_moment_norm, "scale": 0.9}
-    levels, output = expect(query, key, value, top_k=3, **options)  # 3 = int(0.39 * 10)
-    options["density"] = 0.39
-    actual = jax.jit(functools.partial(pisa.select, **options))(query, key, value)
-    np.testing.assert_array_equal(actual.levels, levels)
-    assert_close(jax.jit(functools.partial(pisa.attention, **options))(query, key, value), output, "float32")
+    options = {"block_size": 8, "use_moment_norm": True, "scale": 0.9}
+    select = jax.jit(functools.partial(pisa.select, density=0.39, **options))
+    levels, _ = expect(query, key, value, top_k=3, **options)
+    np.testing.assert_array_equal(select(query, key, value).levels, levels)
+    assert (levels != expect(query, key, value, top_k=3, **{**options, "use_moment_norm": False})[0]).any()
 
 
 def test_published_mass_of_the_tail():
     query, key, value = draw(tokens=60, heads=2)
-    options = {"block_size": 8, "use_moment_norm": False, "scale": 3.0}
-    _, output = expect(query, key, value, top_k=1, group_size=3, **options)
+    options = {"block_size": 8, "scale": 3.0}
+    _, output = expect(query, key, value, top_k=1, group_size=3, use_moment_norm=False, **options)
     attention = jax.jit(functools.partial(pisa.attention, density=0.0, tail_group_size=3, **options))
     assert_close(attention(query, key, value), output, "float32")
-    _, corrected = expect(query, key, value, top_k=1, **options)
+    _, corrected = expect(query, key, value, top_k=1, use_moment_norm=False, **options)
     assert np.abs(corrected - output).max() > 1e-2
 
 
 def test_everything_exact_is_dense_attention():
     query, key, value = draw(tokens=16)
-    dense = jax.nn.dot_product_attention(query, key, value)
-    for group in (None, 2):
-        attention = jax.jit(functools.partial(pisa.attention, density=1.0, block_size=8, tail_group_size=group))
-        assert_close(attention(query, key, value), dense, "float32")
-
-
-def test_dtype_and_rows():
-    query, key, value = draw(dtype=jnp.bfloat16)
-    attention = jax.jit(functools.partial(pisa.attention, block_size=8, density=0.3))
-    output = attention(query, key, value)
-    assert output.dtype == jnp.bfloat16
-    levels, expected = expect(query, key, value, top_k=3, block_size=8, use_moment_norm=False, scale=0.5)
-    select = jax.jit(functools.partial(pisa.select, block_size=8, density=0.3))
-    np.testing.assert_array_equal(select(query, key, value).levels, levels)
-    assert_close(output, expected, "bfloat16")
-    for array in (query, key, value):
-        array[0] = np.nan
-    np.testing.assert_array_equal(attention(query, key, value)[1], output[1])
+    attention = jax.jit(functools.partial(pisa.attention, density=1.0, block_size=8, tail_group_size=2))
+    assert_close(attention(query, key, value), jax.nn.dot_product_attention(query, key, value), "float32")
 
 
 def test_bad_arguments_are_named():
