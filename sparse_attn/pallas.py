@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.config import KeyMajorConfig, TritonConfig
 from sparse_attn.layout import Layout
+from sparse_attn.visibility import Visibility
 
 if TYPE_CHECKING:
     from pallas_kernels.tpu.routing import RoutingConfig
@@ -184,3 +185,74 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def attend_tiles(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    chosen: jax.Array,
+    visibility: Visibility,
+    query_block_size: int,
+    key_block_size: int,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`sparse_attn.tiles.attend_tiles` by the TPU kernels: output and log-sum-exp.
+
+    Args:
+      query, key, value, visibility, scale: as there, finite numbers in the padding.
+      chosen: bool `[batch, heads, query_blocks, key_blocks]`.
+      query_block_size: queries in a tile.
+      key_block_size: keys in a block.
+      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
+
+    Raises:
+      NotImplementedError: a dtype or block size that the kernels cannot do.
+    """
+    from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+
+    arrays = query, key, value, _lists(chosen), *visibility
+    sizes: dict[str, Any] = {"query_block_size": query_block_size, "key_block_size": key_block_size}
+    return attend_tiles_forward(*arrays, **sizes, scale=scale, interpret=interpret)
+
+
+def _lists(chosen: jax.Array) -> jax.Array:
+    """The ids of chosen blocks, int32 like chosen, -1 elsewhere."""
+    return jnp.where(chosen, jnp.arange(chosen.shape[-1], dtype=jnp.int32), -1)
+
+
+def _attend_tiles_forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    chosen: jax.Array,
+    visibility: Visibility,
+    query_block_size: int,
+    key_block_size: int,
+    scale: float,
+    interpret: Any,
+) -> tuple[tuple[jax.Array, jax.Array], tuple]:
+    sizes = query_block_size, key_block_size
+    output, log_sum_exp = attend_tiles(query, key, value, chosen, visibility, *sizes, scale, interpret)
+    return (output, log_sum_exp), (query, key, value, _lists(chosen), *visibility, output, log_sum_exp)
+
+
+def _attend_tiles_backward(
+    query_block_size: int,
+    key_block_size: int,
+    scale: float,
+    interpret: Any,
+    residuals: tuple,
+    gradients: tuple[jax.Array, jax.Array],
+) -> tuple:
+    from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
+
+    sizes: dict[str, Any] = {"query_block_size": query_block_size, "key_block_size": key_block_size}
+    arguments = *residuals, *gradients
+    d_query, d_key, d_value = attend_tiles_backward(*arguments, **sizes, scale=scale, interpret=interpret)
+    return d_query, d_key, d_value, None, None
+
+
+attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)

@@ -1,4 +1,6 @@
-"""Exact attention where all queries of a tile chose the same key blocks, in plain XLA: query-tile-major.
+"""Exact attention where all queries of a tile chose the same key blocks: query-tile-major, in plain XLA.
+
+On a TPU the kernels of `pallas_kernels/tpu` take over, as far as they can do the call.
 
 Every query tile walks the list of its own blocks with a running maximum (online softmax): one step is a dense
 [query_block_size, head_dim] x [head_dim, key_block_size] product for each of a few tiles at once. No sort and no
@@ -11,6 +13,7 @@ block by block in the order of the tiles, so the same bits come out twice on a C
 Names of einsum axes: c tiles of a step, t queries of a tile, m keys of a block, d head_dim.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from sparse_attn.loops import heads_per_step, loop_bound, map_heads
 from sparse_attn.merge import Partial, as_partial
 from sparse_attn.selection import LevelMap
-from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks
+from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks, zero_unseen
 
 _LOGITS_PER_STEP = 2**17  # bounds the logits of a step, so that they stay in the second-level cache
 
@@ -93,14 +96,22 @@ def attend_tiles(
         raise ValueError(
             f"levels must be [batch, heads, query_blocks, key_blocks] = {expected}, got {levels.levels.shape}"
         )
+    query, key, value = zero_unseen(query, key, value, visibility)
+    chosen = (levels.levels == level) & visible_blocks(visibility, query_block, key_block).repeat(
+        num_heads // visibility.position.shape[2], axis=1
+    )
+    if jax.default_backend() == "tpu" and key_log_weight is None:
+        from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
+
+        with contextlib.suppress(NotImplementedError):
+            return as_partial(
+                *pallas.attend_tiles(query, key, value, chosen, visibility, query_block, key_block, scale)
+            )
     tiles_per_step = max(1, min(_LOGITS_PER_STEP // (query_block * key_block), expected[2] * num_heads // kv_heads))
     heads = heads_per_step(batch * kv_heads, tiles_per_step * query_block * max(key_block, head_dim))
     plan = _Plan(query_block, key_block, tiles_per_step, heads, scale)
     if key_log_weight is None:
         key_log_weight = jnp.zeros((batch, num_keys, 1), jnp.float32)
-    chosen = (levels.levels == level) & visible_blocks(visibility, query_block, key_block).repeat(
-        num_heads // visibility.position.shape[2], axis=1
-    )
     return as_partial(*_attend(query, key, value, chosen, visibility, jax.lax.stop_gradient(key_log_weight), plan))
 
 

@@ -30,6 +30,7 @@ from experiments.train import load_run
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import LevelMap
 from sparse_attn.systems import (
+    adaspa,
     bsfa,
     infllm_v2,
     moba,
@@ -170,6 +171,7 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
         (psa, draw_samples, 0, 1),
         (pisa, lambda x, q, k: {**one, "density": x}, 0, 1),
         (sla, switch_off, 0, 1),
+        (adaspa, lambda x, q, k: {**one, "sparsity": 1 - x}, 0, 1),
         (rectified, lambda x, q, k: {**one, "top_k": 1, "threshold": x}, 0, 1),
         (Oracle, lambda x, q, k: {**one, "is_causal": False, "top_k": count(x)}, 1, blocks),
     ]

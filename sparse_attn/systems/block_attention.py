@@ -22,7 +22,7 @@ from sparse_attn.keys import rotate
 from sparse_attn.selection import LevelMap
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks, zero_unseen
+from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks
 
 __all__ = ["RECIPE", "attention", "rotate", "segment_visibility", "select"]
 
@@ -111,5 +111,4 @@ def attention(
     sizes = {"query_block_size": query_block_size, "key_block_size": key_block_size}
     levels = select(query, key, segment_lengths, **sizes)
     visibility = segment_visibility(query, key, segment_lengths)
-    query, key, value = zero_unseen(query, key, value, visibility)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)

@@ -21,7 +21,7 @@ from sparse_attn.grammar import score
 from sparse_attn.selection import LevelMap
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import NOWHERE, Visibility, make_visibility, zero_unseen
+from sparse_attn.visibility import NOWHERE, Visibility, make_visibility
 
 RECIPE = Recipe(
     name="BlockRank",
@@ -80,7 +80,6 @@ def attention(
     scale = check_attention(query, key, value, scale)
     levels = select(query, key, block_size=block_size)
     visibility = _visibility(query, key, is_valid)
-    query, key, value = zero_unseen(query, key, value, visibility)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)
 
 

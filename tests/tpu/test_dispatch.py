@@ -7,6 +7,9 @@ import pytest
 
 import sparse_attn
 from sparse_attn import pallas
+from sparse_attn.selection import LevelMap
+from sparse_attn.tiles import attend_tiles
+from sparse_attn.visibility import make_visibility
 from tests import cases, oracle
 
 
@@ -44,3 +47,32 @@ def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named(on_tpu):
     )
     want = oracle.moba(*(inputs[name] for name in ("query", "key", "value")), block_size=16, top_k=2)
     cases.assert_close(output, want, "float16")
+
+
+@pytest.mark.timeout(120)
+def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
+    random = np.random.default_rng(0)
+    query, d_output = random.standard_normal((2, 1, 24, 1, 64)).astype(np.float32)
+    key, value = random.standard_normal((2, 1, 32, 1, 64)).astype(np.float32)
+    chosen = np.array([[[[True, False], [False, True]]]])
+    visibility = make_visibility(query, key, is_causal=True)
+
+    def attend(query, key, value):
+        return pallas.attend_tiles(query, key, value, chosen, visibility, 16, 16, 0.2, interpret)[0]
+
+    output, pull_back = jax.vjp(attend, query, key, value)
+    mask = chosen.repeat(16, 2).repeat(16, 3)[:, :, :24] & (np.arange(32) <= np.arange(24)[:, None] + 8)
+    want, want_gradients = oracle.attention(query, key, value, mask, scale=0.2, d_output=d_output)
+    cases.assert_close(output, want, "float32")
+    for actual, expected in zip(pull_back(d_output), want_gradients, strict=True):
+        cases.assert_close(actual, expected, "float32")
+
+
+def test_tiles_take_the_kernels_on_a_tpu_and_xla_for_what_they_refuse(on_tpu, monkeypatch):
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 64)).astype(np.float32)
+    visibility = make_visibility(query, key, is_causal=True)
+    levels = LevelMap(np.ones((1, 2, 4, 4), np.int8), 8, 8)  # blocks below the kernels' smallest
+    want = oracle.attention(query, key, value, np.tri(32, dtype=bool) & np.ones((1, 2, 1, 1), bool), scale=0.2)
+    cases.assert_close(attend_tiles(query, key, value, levels, visibility, scale=0.2).output(), want, "float32")
+    monkeypatch.setattr(pallas, "attend_tiles", lambda *_: (query, np.zeros((1, 32, 2), np.float32)))
+    np.testing.assert_array_equal(attend_tiles(query, key, value, levels, visibility, scale=0.2).output(), query)
