@@ -33,7 +33,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -54,8 +53,10 @@ from pallas_kernels.gpu.tiles import (
     NT,
     ceil_div,
     check_supported,
+    divide,
     load_numbers,
     load_rows,
+    loop,
     padded_head_dim,
     product,
     store_rows,
@@ -198,7 +199,7 @@ def _pairs_kernel(
 
         num_keys = jnp.minimum(block.length, pairs.key_stop.max() - block.start)
         empty = jnp.zeros((place.shape[0], plan.columns), jnp.float32)
-        store_rows(d_query_ref, pairs.place, is_real, lax.fori_loop(0, ceil_div(num_keys, key_size), add, empty))
+        store_rows(d_query_ref, pairs.place, is_real, loop(0, ceil_div(num_keys, key_size), add, empty))
 
 
 def _add_up(
@@ -233,7 +234,7 @@ def _add_up_kernel(
         is_pair = load_numbers(indices_ref, pair, rows.is_real, other=-1) >= 0
         return total + load_rows(partial_ref, pair, is_pair, plan.columns).astype(jnp.float32)
 
-    total = lax.fori_loop(0, plan.top_k, add, jnp.zeros((merge_rows, plan.columns), jnp.float32))
+    total = loop(0, plan.top_k, add, jnp.zeros((merge_rows, plan.columns), jnp.float32))
     store_rows(d_query_ref, rows.place, rows.is_real, total)
 
 
@@ -295,7 +296,7 @@ def _keys_kernel(
     stretches: int,
 ) -> None:
     program, head = pl.program_id(0), pl.program_id(1)
-    number, stretch = lax.div(program, stretches), lax.rem(program, stretches)
+    number, stretch = divide(program, stretches)
     begin, end = bounds_ref[head, number], bounds_ref[head, number + 1]
 
     @pl.when(begin < end)
@@ -324,6 +325,6 @@ def _keys_kernel(
             load_rows(ref, keys.rows, keys.is_real, plan.columns).astype(jnp.float32)
             for ref in (d_key_before_ref, d_value_before_ref)
         )
-        d_key, d_value = lax.fori_loop(begin, end, add, before)
+        d_key, d_value = loop(begin, end, add, before)
         store_rows(d_key_ref, keys.rows, keys.is_real, d_key)
         store_rows(d_value_ref, keys.rows, keys.is_real, d_value)

@@ -17,7 +17,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.config import TritonConfig
-from pallas_kernels.gpu.tiles import SMALLEST_SIDE, ceil_div, iota, load_numbers, padded_head_dim, power_of_two
+from pallas_kernels.gpu.tiles import (
+    SMALLEST_SIDE,
+    ceil_div,
+    divide,
+    iota,
+    load_numbers,
+    loop,
+    padded_head_dim,
+    power_of_two,
+)
 from pallas_kernels.schedule import Schedule, make_schedule
 
 _LEAST_CHUNK_BYTES = 8 << 20
@@ -143,14 +152,14 @@ def for_chunks(plan: Plan, indices: jax.Array, tile_size: int, body: Callable[[C
         indices = jnp.pad(indices, ((0, 0), (0, padding), (0, 0)), constant_values=-1)
 
     def step(number: jax.Array, carry: Any) -> Any:
-        head = lax.div(number, plan.row_chunks) * plan.chunk_heads
-        row = lax.rem(number, plan.row_chunks) * plan.chunk_rows
-        chosen = lax.dynamic_slice(indices, (head, row, 0), (plan.chunk_heads, plan.chunk_rows, plan.top_k))
+        head, row = divide(number, plan.row_chunks)
+        head, row = head * plan.chunk_heads, row * plan.chunk_rows
+        chosen = lax.dynamic_slice(indices, (head, row, jnp.int32(0)), (plan.chunk_heads, plan.chunk_rows, plan.top_k))
         schedule = jax.vmap(lambda ids: make_schedule(ids, num_blocks=plan.num_blocks, tile_size=tile_size))(chosen)
         return body(Chunk(jnp.stack([head, row]), chosen.reshape(-1), schedule), carry)
 
     num_chunks = plan.batch * plan.kv_heads // plan.chunk_heads * plan.row_chunks
-    return lax.fori_loop(0, num_chunks, step, carry)
+    return loop(0, num_chunks, step, carry)
 
 
 class Rows(NamedTuple):
@@ -179,9 +188,10 @@ def find_rows(origin_ref: Any, head: jax.Array, row: jax.Array, is_real: jax.Arr
     head = origin_ref[0] + head
     row = origin_ref[1] + row
     group = plan.heads // plan.kv_heads
-    batch_row, kv_head = lax.div(head, plan.kv_heads), lax.rem(head, plan.kv_heads)
-    token = batch_row * plan.queries + lax.rem(row, plan.queries)
-    place = token * plan.heads + kv_head * group + lax.div(row, plan.queries)
+    batch_row, kv_head = divide(head, plan.kv_heads)
+    head_of_group, query = divide(row, plan.queries)
+    token = batch_row * plan.queries + query
+    place = token * plan.heads + kv_head * group + head_of_group
     return Rows(is_real & (row < plan.rows), place, token)
 
 
@@ -198,7 +208,7 @@ def load_pairs(
 ) -> Pairs:
     """Loads a tile of the schedule; pair_ref `[chunk_heads, tiles, tile_size]`, key_stop_ref `[batch * queries]`."""
     pair = pair_ref[head, tile]
-    rows = find_rows(origin_ref, head, lax.div(pair, plan.top_k), pair < plan.chunk_pairs, plan)
+    rows = find_rows(origin_ref, head, divide(pair, plan.top_k)[0], pair < plan.chunk_pairs, plan)
     return Pairs(head * plan.chunk_pairs + pair, rows, load_numbers(key_stop_ref, rows.token, rows.is_real))
 
 
@@ -215,7 +225,7 @@ def find_block(
 ) -> Block:
     """Where a block lies; start_ref and length_ref `[batch * blocks]`."""
     head = origin_ref[0] + head
-    batch_row, kv_head = lax.div(head, plan.kv_heads), lax.rem(head, plan.kv_heads)
+    batch_row, kv_head = divide(head, plan.kv_heads)
     start = start_ref[batch_row * plan.num_blocks + block]
     length = length_ref[batch_row * plan.num_blocks + block]
     return Block((batch_row * plan.keys + start) * plan.kv_heads + kv_head, start, length)

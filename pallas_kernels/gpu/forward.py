@@ -31,7 +31,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -56,6 +55,7 @@ from pallas_kernels.gpu.tiles import (
     check_supported,
     load_numbers,
     load_rows,
+    loop,
     padded_head_dim,
     product,
     store_numbers,
@@ -254,7 +254,7 @@ def _attend_kernel(
             jnp.full((tile_size,), OUT_OF_SIGHT, jnp.float32),
             jnp.zeros((tile_size,), jnp.float32),
         )
-        accumulator, largest, total = lax.fori_loop(0, ceil_div(num_keys, key_size), attend, empty)
+        accumulator, largest, total = loop(0, ceil_div(num_keys, key_size), attend, empty)
         store_rows(output_ref, pairs.place, pairs.rows.is_real, accumulator / total[:, None])
         store_numbers(sum_ref, pairs.place, pairs.rows.is_real, largest + jnp.log2(total))
 
@@ -312,7 +312,7 @@ def _merge_kernel(
         jnp.full((merge_rows,), OUT_OF_SIGHT, jnp.float32),
         jnp.zeros((merge_rows,), jnp.float32),
     )
-    accumulator, largest, total = lax.fori_loop(0, plan.top_k, add, empty)
+    accumulator, largest, total = loop(0, plan.top_k, add, empty)
     is_empty = total == 0
     safe_total = jnp.where(is_empty, 1, total)
     store_rows(output_ref, rows.place, rows.is_real, accumulator / safe_total[:, None])

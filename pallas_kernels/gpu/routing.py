@@ -40,9 +40,11 @@ from pallas_kernels.gpu.tiles import (
     SMALLEST_SIDE,
     ceil_div,
     check_supported,
+    divide,
     iota,
     load_numbers,
     load_rows,
+    loop,
     padded_head_dim,
     power_of_two,
     product,
@@ -166,9 +168,9 @@ def _route_kernel(
     is_causal: bool,
 ) -> None:
     row = pl.program_id(1)
-    batch_row, head = lax.div(row, num_heads), lax.rem(row, num_heads)
+    batch_row, head = divide(row, num_heads)
     means_of_part = mean_ref.shape[0] // parts
-    first_mean = lax.div(row, group) * num_blocks  # heads of a group follow one another
+    first_mean = divide(row, group)[0] * num_blocks  # heads of a group follow one another
     columns = padded_head_dim(query_ref.shape[-1])
 
     place = pl.program_id(0) * tile + iota(tile)
@@ -178,7 +180,7 @@ def _route_kernel(
     first = load_numbers(first_ref, token, is_query)  # [queries]
     last = load_numbers(last_ref, token, is_query, other=-1)
     is_reached = first <= last
-    begin = lax.div(jnp.where(is_reached, first, num_blocks).min(), stretch)
+    begin, _ = divide(jnp.where(is_reached, first, num_blocks).min(), stretch)
     end = ceil_div(jnp.where(is_reached, last, -1).max() + 1, stretch)
 
     places = power_of_two(top_k, 2)
@@ -221,7 +223,7 @@ def _route_kernel(
 
     # Places behind the last are taken from the start, by something that nothing beats.
     empty = jnp.where(slot < top_k, -jnp.inf, jnp.inf), _NO_BLOCK + slot
-    best_score, best_block = lax.fori_loop(begin, end, merge, empty)
+    best_score, best_block = loop(begin, end, merge, empty)
 
     def write(rank: jax.Array, best_score: jax.Array) -> jax.Array:
         top = best_score.max(1)
@@ -230,7 +232,7 @@ def _route_kernel(
         store_numbers(indices_ref, entry, is_query, jnp.where(top == -jnp.inf, -1, block))
         return jnp.where(best_block == block[:, None], -jnp.inf, best_score)
 
-    lax.fori_loop(0, top_k, write, jnp.where(slot < top_k, best_score, -jnp.inf))
+    loop(0, top_k, write, jnp.where(slot < top_k, best_score, -jnp.inf))
 
 
 def block_means(
@@ -279,7 +281,7 @@ def _means_kernel(
     keys: int,
 ) -> None:
     row = pl.program_id(1)
-    batch_row, head = lax.div(row, kv_heads), lax.rem(row, kv_heads)
+    batch_row, head = divide(row, kv_heads)
     columns = padded_head_dim(key_ref.shape[-1])
     block = pl.program_id(0) * blocks + iota(blocks)
     is_block = block < num_blocks
@@ -292,6 +294,6 @@ def _means_kernel(
         key = load_rows(key_ref, key_row, rank < length[:, None], columns)  # [blocks, keys, head_dim]
         return total + key.astype(jnp.float32).sum(1)
 
-    total = lax.fori_loop(0, ceil_div(length.max(), keys), add, jnp.zeros((blocks, columns), jnp.float32))
+    total = loop(0, ceil_div(length.max(), keys), add, jnp.zeros((blocks, columns), jnp.float32))
     mean = total / jnp.maximum(length, 1).astype(jnp.float32)[:, None]
     store_rows(mean_ref, row * num_blocks + block, is_block, mean)

@@ -4,6 +4,7 @@ Triton demands tiles whose sizes are powers of two. An array in memory keeps its
 next power of two, and what it has too much is neither read nor written: every access carries a mask.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +35,19 @@ def check_supported(query: jax.Array) -> None:
         )
 
 
+def divide(number: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient, rounded down, and remainder of int32 numbers not negative."""
+    return lax.div(number, jnp.int32(divisor)), lax.rem(number, jnp.int32(divisor))
+
+
 def ceil_div(number: Any, divisor: int) -> Any:
-    """Quotient of numbers not negative, rounded up."""
-    return lax.div(number + (divisor - 1), divisor) if isinstance(number, jax.Array) else -(-number // divisor)
+    """Quotient of Python integers or int32 numbers not negative, rounded up."""
+    return -(-number // divisor) if isinstance(number, int) else divide(number + (divisor - 1), divisor)[0]
+
+
+def loop(begin: Any, end: Any, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """`lax.fori_loop` that counts in int32 even where 64-bit types are switched on."""
+    return lax.fori_loop(jnp.int32(begin), jnp.int32(end), body, carry)
 
 
 def power_of_two(number: int, least: int = 1) -> int:
