@@ -9,12 +9,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.findings import Study
+from sparse_attn import BlockSelection
+from sparse_attn.inspect import draw_selection
 
 BLUE, ORANGE, GREY, GREEN = "#2563a8", "#d9742b", "#8a8f98", "#3a8f5c"
 
 
 def draw_all(studies: dict[str, Study], directory: Path) -> dict[str, Path]:
-    """Draws a figure for each study that is there, and a summary of four; returns the PNG files by name."""
+    """Draws a figure for each study that is there, a summary of four and a selection; gives the PNG files by name."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, panels in _FIGURES.items():
@@ -30,6 +32,11 @@ def draw_all(studies: dict[str, Study], directory: Path) -> dict[str, Path]:
             axes.grid(alpha=0.25, linewidth=0.6)
         paths[name] = directory / f"{name}.png"
         figure.savefig(paths[name], dpi=150)
+    if "comparison" in studies:
+        drawn = studies["comparison"]["selection"]
+        selection = BlockSelection(np.array(drawn["indices"], np.int32), drawn["block_size"], drawn["num_blocks"])
+        paths["selection"] = directory / "selection.png"
+        draw_selection(selection).savefig(paths["selection"], dpi=150)
     return paths
 
 

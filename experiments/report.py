@@ -19,6 +19,9 @@ img { max-width: 100%; background: #fff; border-radius: 6px; } code { font-size:
 .not { color: var(--open); } .missing { opacity: .6; } details { margin: .6rem 0; } blockquote { opacity: .85; }
 """
 
+# Figures of the studies that have more than one.
+_IMAGES = {"comparison": ("comparison", "selection")}
+
 
 def report(out: Path = Path("runs/tiny")) -> None:
     """Writes the report of what the studies left in a directory.
@@ -100,7 +103,8 @@ def _markdown(findings: Sequence[Finding], studies: dict[str, Study], plots: dic
         ]
         if finding.study in plots and finding.study not in drawn:
             drawn.add(finding.study)
-            parts += [f"![{finding.title}](plots/{plots[finding.study].name})", ""]
+            for name in _IMAGES.get(finding.study, (finding.study,)):
+                parts += [f"![{finding.title}](plots/{plots[name].name})", ""]
         if finding.rows:
             parts += ["<details><summary>All numbers</summary>", "", *table(finding.rows), "</details>", ""]
         if finding.study in studies:
@@ -144,7 +148,7 @@ def _page(findings: Sequence[Finding], studies: dict[str, Study], plots: dict[st
         parts.append(f"<p>{escape(finding.words)}</p>")
         if finding.study in plots and finding.study not in drawn:
             drawn.add(finding.study)
-            parts.append(image(finding.study, finding.title))
+            parts += [image(name, finding.title) for name in _IMAGES.get(finding.study, (finding.study,))]
         if finding.rows:
             parts.append(f"<details><summary>All numbers</summary>{table(finding.rows)}</details>")
         if finding.study in studies:

@@ -145,3 +145,28 @@ def test_the_report_shows_what_is_there_and_escapes_it(tmp_path):
 def test_a_directory_without_studies_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="out must hold studies"):
         write_report(tmp_path)
+
+
+def test_systems_are_ranked_in_their_league_and_a_selection_is_drawn(tmp_path):
+    def row(system, is_causal, error, mass, milliseconds):
+        times = {"select_ms": milliseconds, "total_ms": 9.0}
+        about = {"model": "recall", "system": system, "is_causal": is_causal, "setting": 0.5, "density": 0.25}
+        return {**about, "error": error, "mass_recall": mass, **times}
+
+    rows = [
+        row("oracle", True, 0.1, 0.9, 0.1),
+        row("MoBA", True, 0.3, 0.5, 2.0),
+        row("SALE", True, 0.2, 0.4, 3.0),
+        row("PISA", False, 0.4, 0.6, 1.0),
+    ]
+    selection = {"indices": [[[[0, -1], [0, 1], [1, 0]]]], "block_size": 2, "num_blocks": 2}
+    numbers = study("comparison", rows=rows, selection=selection)
+    (finding,) = (found for found in find_all({"comparison": numbers}) if found.study == "comparison")
+    assert finding.verdict == "measured"
+    assert "recall, causal: least error SALE (0.20), most mass MoBA (0.50), quickest choice MoBA" in finding.ours
+    assert "all see all: least error PISA" in finding.ours
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "comparison" / "study.json").write_text(json.dumps(numbers))
+    write_report(tmp_path)
+    assert (tmp_path / "plots" / "selection.png").stat().st_size > 1000
+    assert "plots/selection.png" in (tmp_path / "report.md").read_text()

@@ -217,7 +217,10 @@ def run(preset: "Preset", out: Path) -> dict[str, Any]:
             f"Last layer without positions of the dense models, {config.batch_size} validation sequences of "
             f"{config.sequence_length} tokens, blocks of {config.block_size}, density {config.density}."
         )
-        return {"setting": words, "rows": rows}
+        top_k = max(1, round(config.density * config.sequence_length / config.block_size / 2))  # half the table is past
+        selection = moba.select(*arrays[:2], block_size=config.block_size, top_k=top_k)
+        drawn = {"indices": selection.indices[:1].tolist(), "block_size": config.block_size}
+        return {"setting": words, "rows": rows, "selection": {**drawn, "num_blocks": selection.num_blocks}}
 
     return write_study(out, "comparison", preset.name, settings, measure)
 
