@@ -206,14 +206,13 @@ def _resolve(
     """The functions that route and attend."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
-    has_kernels = jax.default_backend() in ("gpu", "tpu")
-    if implementation == "pallas" and not has_kernels:
-        raise NotImplementedError(
-            f"implementation='pallas' has kernels for GPU and TPU, none for {jax.default_backend()}; use 'xla'"
-        )
+    platform = jax.default_backend()
+    if implementation == "pallas" and platform not in ("gpu", "tpu"):
+        raise NotImplementedError(f"implementation='pallas' has no kernels for {platform}; use 'xla'")
     if implementation == "reference":
         return reference.route, reference.attend
-    if implementation == "xla" or not has_kernels:
+    # The GPU kernels have run on no GPU yet: they are taken by name only.
+    if implementation == "xla" or (implementation is None and platform != "tpu"):
         return routing.route, xla.attend
     from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
 
