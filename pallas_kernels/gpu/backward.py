@@ -99,7 +99,7 @@ def attend_backward(
     """
     del is_packed
     check_supported(query)
-    config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
+    config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,
         key,

@@ -119,7 +119,7 @@ def attend_forward(
         config=config,
         interpret=interpret,
     )
-    config = config.for_rows(plan.columns * query.dtype.itemsize)
+    config = config.for_rows(plan.columns, query.dtype.itemsize)
 
     def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return _merge(chunk, *attend(chunk), *outputs, plan, config, interpret)
@@ -153,7 +153,7 @@ def attend_chunks(
     """
     del is_packed
     check_supported(query)
-    config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
+    config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,
         key,

@@ -15,14 +15,14 @@ worst of its list if it is better, strike it out, and stop when no query's next 
 Order gives the tie rule: stretches rise, extraction takes the lowest id among equals, only a strictly better block
 enters, and the highest id among equals leaves. At the end the list is written in falling order, one column at a time.
 
-Precision. Scores are float32 products. For bfloat16 queries a mean is split into three bfloat16 numbers that add up to
-it exactly, so that three passes of the tensor cores give what float32 would; other queries take float32 products of
-full precision, outside the tensor cores.
+Precision. Scores are float32 products, computed by the tensor cores all the same: a float32 number is split into three
+bfloat16 numbers that add up to it exactly, a float16 one into two, and each part of a query meets each part of a mean.
+That is three passes for bfloat16 queries, nine for float32.
 
 Speed. At 64K tokens, block_size 128, head_dim 128, 32 heads: the scores of the visible blocks are 0.14 TFLOP, three
-times that in the three passes, 0.4 ms on an H200 at its peak (2 ms in float32). An extraction reads every score of a
+times that in the three passes, 0.4 ms on an H200 at its peak. An extraction reads every score of a
 stretch once, about eight operations each; a stretch takes top_k of them at first, later ones fewer: by an estimate
-0.6 ms. Bound by arithmetic, of both kinds alike, and the only stage that grows with the square of the sequence.
+0.4 ms. Bound by arithmetic, of both kinds alike, and the only stage that grows with the square of the sequence.
 """
 
 import functools
@@ -98,7 +98,6 @@ def route(
       NotImplementedError: a dtype, head_dim or top_k that the kernel cannot do.
     """
     check_supported(query)
-    config = config.for_rows(padded_head_dim(query.shape[-1]) * query.dtype.itemsize)
     if top_k > _LARGEST_TOP_K:
         raise NotImplementedError(f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}")
     batch, num_queries, num_heads, head_dim = query.shape
@@ -111,7 +110,8 @@ def route(
         config=config,
         interpret=interpret,
     )
-    means = _split_exactly(means) if query.dtype == jnp.bfloat16 else means[None]
+    parts = ceil_div(jnp.finfo(query.dtype).nmant + 1, 8)  # bfloat16 numbers that hold a number of the queries
+    stretch = config.route_blocks // (2 if parts * padded_head_dim(head_dim) >= 512 else 1)  # must fit the registers
     tile = min(config.route_queries, power_of_two(num_queries, SMALLEST_SIDE))
     indices = pl.pallas_call(
         functools.partial(
@@ -120,9 +120,9 @@ def route(
             num_heads=num_heads,
             group=num_heads // kv_heads,
             num_blocks=num_blocks,
-            parts=means.shape[0],
+            parts=parts,
             tile=tile,
-            stretch=min(config.route_blocks, power_of_two(num_blocks, SMALLEST_SIDE)),
+            stretch=min(max(stretch, SMALLEST_SIDE), power_of_two(num_blocks, SMALLEST_SIDE)),
             top_k=top_k,
             is_causal=is_causal,
         ),
@@ -140,19 +140,20 @@ def route(
     return indices.reshape(batch, num_heads, num_queries, top_k)
 
 
-def _split_exactly(numbers: jax.Array) -> jax.Array:
-    """Three bfloat16 arrays `[3, ...]` that add up to a float32 one: 8 bits of the mantissa each."""
-    parts = []
-    for _ in range(3):
-        part = lax.reduce_precision(numbers, exponent_bits=8, mantissa_bits=7)  # a pair of casts would be optimised out
-        parts.append(part.astype(jnp.bfloat16))
+def _split_exactly(numbers: jax.Array, parts: int) -> list[jax.Array]:
+    """bfloat16 arrays that add up to a float32 one, the largest first: 8 bits of the mantissa each, of 24."""
+    split = []
+    for _ in range(parts):
+        bits = lax.bitcast_convert_type(numbers, jnp.int32) & jnp.int32(-1 << 16)
+        part = lax.bitcast_convert_type(bits, jnp.float32)  # a pair of casts could be optimised out
+        split.append(part.astype(jnp.bfloat16))
         numbers = numbers - part
-    return jnp.stack(parts)
+    return split
 
 
 def _route_kernel(
     query_ref: Any,  # [batch * queries * heads, head_dim]
-    mean_ref: Any,  # [parts * batch * kv_heads * blocks, head_dim]
+    mean_ref: Any,  # [batch * kv_heads * blocks, head_dim]
     first_ref: Any,  # [batch * queries]
     last_ref: Any,  # [batch * queries]
     indices_ref: Any,  # [batch * heads * queries * top_k]
@@ -169,14 +170,14 @@ def _route_kernel(
 ) -> None:
     row = pl.program_id(1)
     batch_row, head = divide(row, num_heads)
-    means_of_part = mean_ref.shape[0] // parts
     first_mean = divide(row, group)[0] * num_blocks  # heads of a group follow one another
     columns = padded_head_dim(query_ref.shape[-1])
 
     place = pl.program_id(0) * tile + iota(tile)
     is_query = place < num_queries
     token = batch_row * num_queries + place
-    query = load_rows(query_ref, token * num_heads + head, is_query, columns).astype(mean_ref.dtype)
+    query = load_rows(query_ref, token * num_heads + head, is_query, columns)
+    query_parts = _split_exactly(query.astype(jnp.float32), parts)
     first = load_numbers(first_ref, token, is_query)  # [queries]
     last = load_numbers(last_ref, token, is_query, other=-1)
     is_reached = first <= last
@@ -189,11 +190,12 @@ def _route_kernel(
 
     def scores_of(step: jax.Array) -> jax.Array:  # [queries, stretch]
         block = step * stretch + iota(stretch)
+        mean = load_rows(mean_ref, first_mean + block, block < num_blocks, columns)
+        mean_parts = _split_exactly(mean, 3)
         score = jnp.zeros((tile, stretch), jnp.float32)
-        for part in reversed(range(parts)):  # the smallest first
-            mean_row = part * means_of_part + first_mean + block
-            mean = load_rows(mean_ref, mean_row, block < num_blocks, columns)
-            score += product(query, mean, NT)
+        pairs = [(i, j) for i in range(parts) for j in range(3)]
+        for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest products first
+            score += product(query_parts[i], mean_parts[j], NT)
         if is_causal:
             score = jnp.where(block[None, :] == last[:, None], jnp.inf, score)
         is_visible = (first[:, None] <= block[None, :]) & (block[None, :] <= last[:, None])
