@@ -25,8 +25,8 @@ class KeyMajorConfig:
     def __post_init__(self) -> None:
         for name in ("tile_size", "backward_tile_size"):
             size = getattr(self, name)
-            if size < 32 or size % 32:
-                raise ValueError(f"{name} must be a positive multiple of 32, got {name}={size}")
+            if size not in (32, 64) and (size < 128 or size % 128):
+                raise ValueError(f"{name} must be 32, 64 or a multiple of 128, got {name}={size}")
         for name in ("tiles_per_step", "chunk_bytes", "table_entries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}")

@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
 from pallas_kernels.tpu import key_work
+from pallas_kernels.tpu.cut_tiles import make_tiles
 from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, TN, Tiles
 
 
@@ -99,9 +100,7 @@ def attend_backward(
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             indices, *row = chunk  # [chunk_rows, x]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
-            tiles = key_work.make_tiles(
-                ids, pieces, num_stretches=key.shape[0], tile_size=config.backward_tile_size, tiles_per_step=1
-            )
+            tiles = make_tiles(ids, pieces, tile_size=config.backward_tile_size, tiles_per_step=1, interpret=interpret)
             d_query, d_key, d_value = differentiate_tiles(
                 key_work.pack_rows(*row),
                 key,

@@ -39,6 +39,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
 from pallas_kernels.tpu import key_work
+from pallas_kernels.tpu.cut_tiles import make_tiles
 from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, Tiles
 
 # Largest |logit| * log2(e) of the kernel without a maximum. Sums of up to 2^24 weights of at most 2^80, times values up
@@ -113,18 +114,14 @@ def attend_forward(
     chosen = split(indices.swapaxes(1, 2) + 1) - 1
 
     def attend_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        key, value, block_start, block_length, *chunks = arrays
-        largest_key = _largest_norm(key)
+        key_value, block_start, block_length, *chunks = arrays
+        largest_key = _largest_norm(key_value[:, 0])
 
         def attend_chunk(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             query, indices, key_stop = chunk  # [chunk_rows, x]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
-            tiles = key_work.make_tiles(
-                ids,
-                pieces,
-                num_stretches=key.shape[0],
-                tile_size=config.tile_size,
-                tiles_per_step=config.tiles_per_step,
+            tiles = make_tiles(
+                ids, pieces, tile_size=config.tile_size, tiles_per_step=config.tiles_per_step, interpret=interpret
             )
             rows = key_work.pack_rows(query, key_stop)
             attend = functools.partial(
@@ -140,15 +137,16 @@ def attend_forward(
                 bound <= FIXED_RANGE,
                 functools.partial(attend, has_maximum=False),
                 functools.partial(attend, has_maximum=True),
-                *(rows, key, value, tiles),
+                *(rows, key_value, tiles),
             )
-            return _finish(state[:chunk_rows].reshape(chunk_rows, lanes), head_dim, query.dtype)
+            return finish(state[:chunk_rows].reshape(chunk_rows, lanes), head_dim, query.dtype)
 
         return lax.map(attend_chunk, tuple(chunks))
 
+    padded_key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, -head_dim % LANES)))
+    key_value = [key_work.split_keys(array, cut.stretch_size) for array in (padded_key, _add_ones(value))]
     heads = (
-        key_work.split_keys(key, cut.stretch_size),
-        add_ones(key_work.split_keys(value, cut.stretch_size)),
+        jnp.stack(key_value, axis=2),
         jnp.repeat(block_start, kv_heads, axis=0),
         jnp.repeat(block_length, kv_heads, axis=0),
         split(query),
@@ -162,8 +160,7 @@ def attend_forward(
 
 def attend_tiles(
     rows: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    key_value: jax.Array,
     tiles: Tiles,
     *,
     head_dim: int,
@@ -177,33 +174,31 @@ def attend_tiles(
 
     Args:
       rows: uint32 `[chunk_rows + 8, parts, 128]`, from `key_work.pack_rows`: query, key_stop.
-      key: `[stretches, stretch_size, head_dim]`.
-      value: `[stretches, stretch_size, lanes]`, from `add_ones`.
+      key_value: `[stretches, 2, stretch_size, lanes]`: keys, then zeros; values, then ones, last a zero.
       tiles: of the chunk.
       head_dim: of the queries.
       has_maximum: whether to take the kernel with the true running maximum.
       is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
+      scale: factor of the logits.
+      config: sizes inside the kernel.
+      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
       float32 `[chunk_rows + 8, state_lanes / 128, 128]`: output (not divided), sum of weights, maximum (times log2 e).
     """
-    _, stretch_size, _ = key.shape
-    _, _, num_slots = tiles.row.shape
-    num_tiles, parts = config.tiles_per_step, state_lanes(head_dim) // LANES
-    tile_size = num_slots // num_tiles
+    _, _, stretch_size, key_lanes = key_value.shape
+    _, num_tiles, tile_size = tiles.row.shape
+    parts = state_lanes(head_dim) // LANES
+    num_slots = num_tiles * tile_size
 
     def stretch_of(tile: int) -> Any:
-        return lambda step, stretch, start, stop: (stretch[step * num_tiles + tile], 0, 0)
+        return lambda step, stretch, start, stop: (stretch[step * num_tiles + tile], 0, 0, 0)
 
-    def stretches(array: jax.Array) -> list[pl.BlockSpec]:
-        return [pl.BlockSpec((1, *array.shape[1:]), stretch_of(tile)) for tile in range(num_tiles)]
-
-    kernel = _kernel_running if has_maximum else _kernel_fixed
     step_bytes = num_slots * 4 * (2 * rows.shape[1] * LANES + 3 * stretch_size + 3 * parts * LANES)
-    step_bytes += 4 * num_tiles * stretch_size * (LANES * -(-head_dim // LANES) * 4 + value.shape[2] * 4)
+    step_bytes += 4 * num_tiles * stretch_size * key_lanes * 8
     return pl.pallas_call(
         functools.partial(
-            kernel,
+            _kernel_running if has_maximum else _kernel_fixed,
             step=_Step(num_tiles, tile_size, head_dim, stretch_size, is_aligned, scale),
         ),
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], parts, LANES), jnp.float32),
@@ -211,10 +206,14 @@ def attend_tiles(
             num_scalar_prefetch=3,
             grid=(tiles.num_steps,),
             in_specs=[
-                pl.BlockSpec((1, 1, num_slots), lambda step, *_: (step, 0, 0), memory_space=pltpu.SMEM),
+                *(
+                    pl.BlockSpec(
+                        (1, num_tiles, tile_size), lambda step, *_, i=i: (step + i, 0, 0), memory_space=pltpu.SMEM
+                    )
+                    for i in range(2)
+                ),
                 pl.BlockSpec(rows.shape, lambda step, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)),
-                *stretches(key),
-                *stretches(value),
+                *(pl.BlockSpec((1, 2, stretch_size, key_lanes), stretch_of(tile)) for tile in range(num_tiles)),
             ],
             out_specs=pl.BlockSpec(
                 (rows.shape[0], parts, LANES), lambda step, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)
@@ -227,11 +226,11 @@ def attend_tiles(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=config.chunk_bytes + (4 << 20) + step_bytes,
-            disable_bounds_checks=True,  # 15 % of the time; the interpreter checks them in the tests
+            disable_bounds_checks=True,  # they take 15 % of the time; the interpreter makes them in the tests
         ),
         name="attend_running" if has_maximum else "attend_fixed",
         interpret=interpret,
-    )(tiles.stretch, tiles.start, tiles.stop, tiles.row, rows, *[key] * num_tiles, *[value] * num_tiles)
+    )(tiles.stretch, tiles.start, tiles.stop, tiles.row, tiles.row, rows, *[key_value] * num_tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,40 +249,48 @@ def _kernel_fixed(
     stretch_ref: Any,  # SMEM [tiles]
     start_ref: Any,  # SMEM [tiles]
     stop_ref: Any,  # SMEM [tiles]
-    row_ref: Any,  # SMEM [1, 1, slots]
+    row_ref: Any,  # SMEM [1, tiles of a step, tile_size]
+    next_row_ref: Any,  # SMEM, those of the next step
     rows_ref: Any,  # [chunk_rows + 8, parts, 128]
-    *refs: Any,
+    *refs: Any,  # [1, 2, stretch_size, lanes] for each tile, then the chunk's state, fetched rows and results
     step: _Step,
 ) -> None:
     """Adds exp2(logits) [values | 1] to the rows; no maximum. The arguments are also those of `_kernel_running`."""
-    key_refs, value_refs = refs[: step.num_tiles], refs[step.num_tiles : 2 * step.num_tiles]
-    state_ref, fetched_ref, result_ref = refs[2 * step.num_tiles :]
+    *key_value_refs, state_ref, fetched_ref, result_ref = refs
     parts = state_ref.shape[1]
 
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         key_work.fill_rows(state_ref, jnp.zeros((parts, LANES), jnp.float32))
+        key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
 
     bounds = stretch_ref, start_ref, stop_ref
-    all_logits = _all_logits(row_ref, rows_ref, fetched_ref, key_refs, bounds, step)
-    weights = [jnp.exp2(logits).astype(key_refs[0].dtype) for logits in all_logits]
-    values = [_read_values(ref, tile, bounds, step) for tile, ref in enumerate(value_refs)]
+    all_logits = _all_logits(fetched_ref, rows_ref.shape[1], key_value_refs, bounds, step)
+    weights = [jnp.exp2(logits).astype(key_value_refs[0].dtype) for logits in all_logits]
+    values = [_read_values(ref, tile, bounds, step) for tile, ref in enumerate(key_value_refs)]
     results = [key_work.product(weight, value, NN) for weight, value in zip(weights, values, strict=True)]
     for tile, result in enumerate(results):
         key_work.write_rows(result_ref, tile * step.tile_size, result, parts)
 
-    key_work.add_rows(row_ref, result_ref, state_ref)
+    key_work.add_rows(row_ref, result_ref, state_ref, fetch=(next_row_ref, rows_ref, fetched_ref))
 
 
 def _kernel_running(
-    stretch_ref: Any, start_ref: Any, stop_ref: Any, row_ref: Any, rows_ref: Any, *refs: Any, step: _Step
+    stretch_ref: Any,
+    start_ref: Any,
+    stop_ref: Any,
+    row_ref: Any,
+    next_row_ref: Any,
+    rows_ref: Any,
+    *refs: Any,
+    step: _Step,
 ) -> None:
     """Merges each tile into its rows with the true running maximum m: state exp2(m_old - m) + exp2(logits - m) [v | 1].
 
     Queries of different tiles may be the same, so the tiles merge one after the other.
     """
-    key_refs, value_refs = refs[: step.num_tiles], refs[step.num_tiles : 2 * step.num_tiles]
-    state_ref, fetched_ref, result_ref = refs[2 * step.num_tiles :]
+    del next_row_ref
+    *key_value_refs, state_ref, fetched_ref, result_ref = refs
     parts = state_ref.shape[1]
     lanes = parts * LANES
 
@@ -293,49 +300,35 @@ def _kernel_running(
         place += lax.broadcasted_iota(jnp.int32, (parts, LANES), 1)
         key_work.fill_rows(state_ref, jnp.where(place == lanes - 1, _OUT_OF_SIGHT, 0.0))
 
+    key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
     bounds = stretch_ref, start_ref, stop_ref
-    all_logits = _all_logits(row_ref, rows_ref, fetched_ref, key_refs, bounds, step)
+    all_logits = _all_logits(fetched_ref, rows_ref.shape[1], key_value_refs, bounds, step)
     for tile, logits in enumerate(all_logits):
-        first_slot = tile * step.tile_size
-
-        def load(batch: Any, carry: None, first_slot: int = first_slot) -> None:
-            first = pl.multiple_of(batch * key_work.ROWS_AT_ONCE, key_work.ROWS_AT_ONCE)
-            for slot in range(key_work.ROWS_AT_ONCE):
-                row = row_ref[0, 0, first_slot + first + slot]
-                result_ref[pl.ds((first + slot) * parts, parts), :] = state_ref[row]
-            return carry
-
-        def store(batch: Any, carry: None, first_slot: int = first_slot) -> None:
-            first = pl.multiple_of(batch * key_work.ROWS_AT_ONCE, key_work.ROWS_AT_ONCE)
-            for slot in range(key_work.ROWS_AT_ONCE):
-                row = row_ref[0, 0, first_slot + first + slot]
-                state_ref[row] = result_ref[pl.ds((first + slot) * parts, parts), :]
-            return carry
-
-        lax.fori_loop(0, step.tile_size // key_work.ROWS_AT_ONCE, load, None)
+        for slot in range(step.tile_size):
+            result_ref[pl.ds(slot * parts, parts), :] = state_ref[row_ref[0, tile, slot]]
         old = key_work.read_rows(result_ref, 0, step.tile_size, parts)  # [pairs, lanes]
         largest = jnp.maximum(old[:, -1:], logits.max(1, keepdims=True))  # [pairs, 1]
-        weight = jnp.exp2(logits - largest).astype(key_refs[0].dtype)
-        value = _read_values(value_refs[tile], tile, bounds, step)
+        weight = jnp.exp2(logits - largest).astype(key_value_refs[0].dtype)
+        value = _read_values(key_value_refs[tile], tile, bounds, step)
         new = old * jnp.exp2(old[:, -1:] - largest) + key_work.product(weight, value, NN)
         place = lax.broadcasted_iota(jnp.int32, new.shape, 1)
         key_work.write_rows(result_ref, 0, jnp.where(place == lanes - 1, largest, new), parts)
-        lax.fori_loop(0, step.tile_size // key_work.ROWS_AT_ONCE, store, None)
+        for slot in range(step.tile_size):
+            state_ref[row_ref[0, tile, slot]] = result_ref[pl.ds(slot * parts, parts), :]
 
 
 def _all_logits(
-    row_ref: Any, rows_ref: Any, fetched_ref: Any, key_refs: Any, bounds: tuple[Any, Any, Any], step: _Step
+    fetched_ref: Any, parts: int, key_value_refs: list[Any], bounds: tuple[Any, Any, Any], step: _Step
 ) -> list[jax.Array]:
-    """Fetches the rows of the step; logits of each tile times log2(e), float32 `[pairs, stretch_size]`."""
-    key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
-    parts = rows_ref.shape[1]
-    dtype = key_refs[0].dtype
+    """Logits of each tile times log2(e), float32 `[pairs, stretch_size]`."""
+    dtype = key_value_refs[0].dtype
     num_words = key_work.words_of(step.head_dim, dtype)
     rows = [
         key_work.read_rows(fetched_ref, tile * step.tile_size, step.tile_size, parts) for tile in range(step.num_tiles)
     ]
     queries = [key_work.from_words(row, 0, step.head_dim, dtype) for row in rows]
-    products = [key_work.product(query, ref[0], NT) for query, ref in zip(queries, key_refs, strict=True)]
+    keys = [ref[0, 0, :, : step.head_dim] for ref in key_value_refs]
+    products = [key_work.product(query, key, NT) for query, key in zip(queries, keys, strict=True)]
     all_logits = []
     for tile, (row, logits) in enumerate(zip(rows, products, strict=True)):
         key_stop = lax.bitcast_convert_type(row[:, num_words : num_words + 1], jnp.int32)
@@ -353,7 +346,7 @@ def _bounds_of(tile: int, bounds: tuple[Any, Any, Any], step: _Step) -> list[Any
 
 def _read_values(ref: Any, tile: int, bounds: tuple[Any, Any, Any], step: _Step) -> jax.Array:
     """Values of a tile with the ones behind them, `[stretch_size, lanes]`; zero for the keys of other segments."""
-    value = ref[0]
+    value = ref[0, 1]
     if step.head_dim % LANES == 0:
         value = jnp.concatenate([value, _ones(value.shape[:-1], value.dtype)], axis=1)
     if step.is_aligned:
@@ -367,8 +360,8 @@ def state_lanes(head_dim: int) -> int:
     return key_work.round_up(head_dim + 2, LANES)
 
 
-def add_ones(value: jax.Array) -> jax.Array:
-    """Fills `[stretches, stretch_size, head_dim]` up to whole lanes: ones, and zero in the last lane.
+def _add_ones(value: jax.Array) -> jax.Array:
+    """Fills `[..., head_dim]` up to whole lanes: ones, and zero in the last lane.
 
     Nothing for a head_dim of whole lanes: the kernel puts 128 lanes behind those.
     """
@@ -389,7 +382,7 @@ def _largest_norm(array: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.square(array.astype(jnp.float32)).sum(-1).max())
 
 
-def _finish(state: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def finish(state: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output `[rows, head_dim]` and log-sum-exp `[rows, 1]` from `[rows, lanes]`."""
     total, largest = state[:, head_dim : head_dim + 1], state[:, -1:]
     is_empty = total == 0

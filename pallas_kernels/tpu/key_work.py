@@ -20,13 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.config import KeyMajorConfig
-from pallas_kernels.schedule import make_schedule
 
 LANES = 128
 LOG2_E = 1.4426950408889634
 SPARE_ROWS = 8  # behind a chunk's rows; the slots of a tile that hold no pair point to the first
-ROWS_FETCHED = 32  # rows fetched in a straight line of code
-ROWS_AT_ONCE = 16  # rows of an accumulator loaded before any is stored
+ROWS_AT_ONCE = 8  # rows of an accumulator loaded before any is stored
 
 NT = (((1,), (1,)), ((), ()))  # a b^T
 NN = (((1,), (0,)), ((), ()))  # a b
@@ -45,7 +43,8 @@ class Tiles(NamedTuple):
     """Tiles of one chunk.
 
     Attributes:
-      row: int32 `[steps, 1, tiles_per_step * tile_size]`, the row of each slot, chunk_rows where there is no pair.
+      row: int32 `[steps, tiles_per_step, tile_size]`, the row of each slot, chunk_rows where there is no pair. One step
+        more than is used, without pairs.
       stretch: int32 `[tiles]`.
       start: int32 `[tiles]`.
       stop: int32 `[tiles]`.
@@ -198,34 +197,61 @@ def fill_rows(ref: Any, row: jax.Array) -> None:
 
 
 def fetch_rows(row_ref: Any, rows_ref: Any, fetched_ref: Any) -> None:
-    """In a kernel: copies rows by number. SMEM `[1, 1, slots]`, `[rows, parts, 128]` to `[slots * parts, 128]`."""
-    parts = rows_ref.shape[1]
+    """In a kernel: copies rows by number.
 
-    def fetch(batch: Any, carry: None) -> None:
-        first = pl.multiple_of(batch * ROWS_FETCHED, ROWS_FETCHED)
-        for slot in range(ROWS_FETCHED):
-            fetched_ref[pl.ds((first + slot) * parts, parts), :] = rows_ref[row_ref[0, 0, first + slot]]
+    The slots of a tile stand in a straight line of code: a number at a fixed place needs no address to be computed.
+
+    Args:
+      row_ref: SMEM `[1, tiles, tile_size]`, numbers of rows.
+      rows_ref: `[rows, parts, 128]`, from which to copy.
+      fetched_ref: `[tiles * tile_size * parts, 128]`, the copies.
+    """
+    _, num_tiles, tile_size = row_ref.shape
+
+    def fetch(tile: Any, carry: None) -> None:
+        for slot in range(tile_size):
+            _fetch_row(row_ref, rows_ref, fetched_ref, tile, slot)
         return carry
 
-    lax.fori_loop(0, row_ref.shape[2] // ROWS_FETCHED, fetch, None)
+    lax.fori_loop(0, num_tiles, fetch, None)
 
 
-def add_rows(row_ref: Any, result_ref: Any, rows_ref: Any) -> None:
-    """In a kernel: adds rows by number. SMEM `[1, 1, slots]`, `[slots * parts, 128]` to `[rows, parts, 128]`.
+def _fetch_row(row_ref: Any, rows_ref: Any, fetched_ref: Any, tile: Any, slot: int) -> None:
+    parts, tile_size = rows_ref.shape[1], row_ref.shape[2]
+    first = pl.multiple_of(tile * tile_size * parts, tile_size * parts)
+    fetched_ref[pl.ds(first + slot * parts, parts), :] = rows_ref[row_ref[0, tile, slot]]
 
-    The rows of a batch must differ, for all are loaded before any is stored; the row of padding may lose what it gets.
+
+def add_rows(row_ref: Any, result_ref: Any, rows_ref: Any, fetch: tuple[Any, Any, Any] | None = None) -> None:
+    """In a kernel: adds rows by number, the other way of `fetch_rows`.
+
+    The rows of a tile must differ: a batch of them is loaded before any is stored. Two slots may both point to the row
+    of padding, where sums get lost and may be.
+
+    Args:
+      row_ref: SMEM `[1, tiles, tile_size]`, numbers of rows.
+      result_ref: `[tiles * tile_size * parts, 128]`, what to add.
+      rows_ref: `[rows, parts, 128]`, to which.
+      fetch: arguments of `fetch_rows`, for as many rows, to be done on the way: while an addition waits for its loads,
+        there is room for the loads and stores of a copy.
     """
     parts = rows_ref.shape[1]
+    _, num_tiles, tile_size = row_ref.shape
 
-    def add(batch: Any, carry: None) -> None:
-        first = pl.multiple_of(batch * ROWS_AT_ONCE, ROWS_AT_ONCE)
-        rows = [row_ref[0, 0, first + slot] for slot in range(ROWS_AT_ONCE)]
-        sums = [rows_ref[row] + result_ref[pl.ds((first + slot) * parts, parts), :] for slot, row in enumerate(rows)]
-        for row, new in zip(rows, sums, strict=True):
-            rows_ref[row] = new
+    def add(tile: Any, carry: None) -> None:
+        first = pl.multiple_of(tile * tile_size * parts, tile_size * parts)
+        for batch in range(0, tile_size, ROWS_AT_ONCE):
+            slots = range(batch, batch + ROWS_AT_ONCE)
+            rows = [row_ref[0, tile, slot] for slot in slots]
+            results = [result_ref[pl.ds(first + slot * parts, parts), :] for slot in slots]
+            sums = [rows_ref[row] + result for row, result in zip(rows, results, strict=True)]
+            for slot, row, new in zip(slots, rows, sums, strict=True):
+                rows_ref[row] = new
+                if fetch is not None:
+                    _fetch_row(*fetch, tile, slot)
         return carry
 
-    lax.fori_loop(0, row_ref.shape[2] // ROWS_AT_ONCE, add, None)
+    lax.fori_loop(0, num_tiles, add, None)
 
 
 def split_heads(array: jax.Array, kv_heads: int, num_chunks: int, chunk_rows: int) -> jax.Array:
@@ -286,31 +312,6 @@ def make_pieces(
     first = jnp.where(indices < 0, -1, 2 * indices)
     second = jnp.where((indices < 0) | ~is_cut, -1, 2 * indices + 1)
     return jnp.concatenate([first, second], axis=1), pieces
-
-
-def make_tiles(
-    piece_ids: jax.Array, pieces: Pieces, *, num_stretches: int, tile_size: int, tiles_per_step: int
-) -> Tiles:
-    """Sorts the pairs of a chunk by piece and cuts them into tiles.
-
-    Args:
-      piece_ids: int32 `[chunk_rows, pieces of a row]`, -1 for none.
-      pieces: of this batch row.
-      num_stretches: how many there are.
-      tile_size: pairs of a tile.
-      tiles_per_step: tiles of a step.
-    """
-    schedule = make_schedule(
-        piece_ids, num_blocks=pieces.start.size, tile_size=tile_size, tiles_per_step=tiles_per_step
-    )
-    row = schedule.pair // piece_ids.shape[1]
-    return Tiles(
-        row=row.reshape(-1, 1, tiles_per_step * tile_size),
-        stretch=jnp.minimum(pieces.stretch[schedule.block], num_stretches - 1),
-        start=pieces.start[schedule.block],
-        stop=pieces.stop[schedule.block],
-        num_steps=jnp.maximum(-(-schedule.num_tiles // tiles_per_step), 1),
-    )
 
 
 def chunk_rows(

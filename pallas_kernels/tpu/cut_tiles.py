@@ -1,0 +1,192 @@
+"""Pairs to tiles on a TPU: what `pallas_kernels.schedule` does, without a gather or scatter of single numbers in XLA.
+
+XLA spends some ten cycles on every number it gathers or scatters, more than a kernel spends on attending to the pair.
+Here a pair is one integer, (piece, row), and XLA sorts those; how many pairs each piece has is a product of two one-hot
+matrices. The kernel then walks the pieces: a piece's run of sorted rows is cut into tiles, and each tile's rows, which
+begin anywhere, are moved to the beginning of a row of lanes (two loads, two rotations, a select).
+
+Memory. VMEM: all sorted rows and all tiles of a chunk, 4 bytes a slot. SMEM: counts and places of 512 pieces at a time,
+and three numbers a tile. Speed: the scalar unit, some 40 cycles a tile and a few for a piece without pairs; pieces
+outside the range that the chunk's queries chose from are not visited.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu.key_work import LANES, Pieces, Tiles, round_up
+
+_PIECES = 512  # of a grid step, at most
+_TILES_AT_ONCE = 4  # cut side by side, to hide latencies; those past the end of a piece are overwritten by the next
+
+
+def make_tiles(
+    piece_ids: jax.Array,
+    pieces: Pieces,
+    *,
+    tile_size: int,
+    tiles_per_step: int,
+    fixed_batches: int | None = None,
+    interpret: Any = False,
+) -> Tiles:
+    """Sorts the pairs of a chunk by piece and cuts every piece's run into tiles.
+
+    Args:
+      piece_ids: int32 `[chunk_rows, pieces of a row]`, none twice in a row; -1 for none.
+      pieces: of this batch row.
+      tile_size: pairs of a tile.
+      tiles_per_step: tiles of a step.
+      fixed_batches: for estimates only, which cannot know how long a loop is: batches of tiles that each piece has.
+      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
+    """
+    num_rows, num_pieces, num_pairs = piece_ids.shape[0], pieces.start.size, piece_ids.size
+    piece = jnp.where(piece_ids < 0, num_pieces, piece_ids)  # [chunk_rows, pieces of a row]
+    row = _sort_rows(piece, num_pieces)
+    row = jnp.pad(row, (0, -num_pairs % LANES + LANES)).reshape(-1, LANES)
+
+    group = min(_PIECES, num_pieces)
+    numbers = jnp.stack([_count(piece.reshape(-1), num_pieces), *pieces], axis=0)  # [4, pieces]
+    numbers = jnp.pad(numbers, ((0, 0), (0, -num_pieces % group))).reshape(4, -1, group).swapaxes(0, 1)
+    begin = piece.min() // group
+    end = jnp.where(piece_ids < 0, -1, piece_ids).max() // group + 1
+    max_tiles = num_pairs // tile_size + min(num_pieces, num_pairs) + _TILES_AT_ONCE
+    max_tiles = round_up(max_tiles, tiles_per_step) + tiles_per_step
+    width = min(LANES, tile_size)
+    tile_shape = max_tiles * tile_size // width, width
+    row, stretch, start, stop, num_tiles = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            tile_size=tile_size,
+            tiles_per_step=tiles_per_step,
+            num_rows=num_rows,
+            fixed_batches=fixed_batches,
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct(tile_shape, jnp.int32),
+            *[jax.ShapeDtypeStruct((max_tiles,), jnp.int32)] * 3,
+            jax.ShapeDtypeStruct((2,), jnp.int32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(jnp.maximum(end - begin, 1) if fixed_batches is None else 1,),
+            in_specs=[
+                pl.BlockSpec(
+                    (1, 4, group),
+                    lambda step, begin: (jnp.minimum(begin[0] + step, numbers.shape[0] - 1), 0, 0),
+                    memory_space=pltpu.SMEM,
+                ),
+                pl.BlockSpec(row.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
+            ],
+            out_specs=(
+                pl.BlockSpec(tile_shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)),
+                *[pl.BlockSpec(memory_space=pltpu.SMEM)] * 4,
+            ),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=4 * (row.size + max_tiles * round_up(tile_size, LANES)) + (4 << 20),
+        ),
+        name="cut_tiles",
+        interpret=interpret,
+    )(begin[None], numbers, row)
+    num_steps = -(-num_tiles[0] // tiles_per_step)
+    return Tiles(row.reshape(-1, tiles_per_step, tile_size), stretch, start, stop, jnp.maximum(num_steps, 1))
+
+
+def _sort_rows(piece: jax.Array, num_pieces: int) -> jax.Array:
+    """Rows `[pairs]` in the order of their pieces `[chunk_rows, x]`; num_pieces for none, which come last."""
+    num_rows = piece.shape[0]
+    row = jnp.broadcast_to(jnp.arange(num_rows, dtype=jnp.int32)[:, None], piece.shape)
+    if (num_pieces + 1) * num_rows > jnp.iinfo(jnp.int32).max:
+        return lax.sort((piece.reshape(-1), row.reshape(-1)), num_keys=2)[1]
+    return jnp.sort((piece * num_rows + row).reshape(-1), stable=False) % num_rows
+
+
+def _count(piece: jax.Array, num_pieces: int) -> jax.Array:
+    """How many pairs `[pairs]` each piece has, int32 `[pieces]`."""
+    low_bits = ((num_pieces - 1).bit_length() + 1) // 2
+    low, high = 1 << low_bits, ((num_pieces - 1) >> low_bits) + 1
+    is_low = (piece & (low - 1))[:, None] == jnp.arange(low)[None, :]
+    is_high = (piece >> low_bits)[:, None] == jnp.arange(high)[None, :]
+    is_low &= (piece < num_pieces)[:, None]
+    count = lax.dot_general(
+        is_high.astype(jnp.bfloat16),
+        is_low.astype(jnp.bfloat16),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return count.reshape(-1)[:num_pieces].astype(jnp.int32)
+
+
+def _kernel(
+    begin_ref: Any,  # SMEM [1]
+    numbers_ref: Any,  # SMEM [1, 4, pieces]: count, stretch, start, stop
+    sorted_ref: Any,  # [pairs / 128 + 1, 128]
+    row_ref: Any,  # [tiles * tile_size / width, width], width 128 or, for shorter tiles, tile_size
+    stretch_ref: Any,  # SMEM [tiles]
+    start_ref: Any,  # SMEM [tiles]
+    stop_ref: Any,  # SMEM [tiles]
+    total_ref: Any,  # SMEM [2]: tiles and pairs so far
+    *,
+    tile_size: int,
+    tiles_per_step: int,
+    num_rows: int,
+    fixed_batches: int | None,
+) -> None:
+    del begin_ref
+    width = row_ref.shape[1]
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _() -> None:
+        total_ref[0] = 0
+        total_ref[1] = 0
+
+    def write(tile: Any, first: Any, count: Any, numbers: tuple[Any, Any, Any]) -> None:
+        """Writes the tile that begins at the sorted pair `first` and has `count` pairs or, if more, all it holds."""
+        for ref, number in zip((stretch_ref, start_ref, stop_ref), numbers, strict=True):
+            ref[tile] = number
+        for part in range(0, tile_size, width):
+            place, shift = lax.div(first + part, LANES), lax.rem(first + part, LANES)
+            place = jnp.minimum(place, sorted_ref.shape[0] - 2)
+            rows = [pltpu.roll(sorted_ref[pl.ds(place + i, 1), :], LANES - shift, axis=1) for i in range(2)]
+            row = jnp.where(lane < LANES - shift, rows[0], rows[1])
+            row = jnp.where(lane < count - part, row, num_rows)
+            row_ref[pl.ds(tile * (tile_size // width) + part // width, 1), :] = row[:, :width]
+
+    def cut(piece: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
+        num_tiles, num_pairs = totals
+        count = numbers_ref[0, 0, piece]
+        tiles = lax.div(count + tile_size - 1, tile_size)
+
+        def cut_some(batch: Any, carry: None) -> None:
+            numbers = tuple(numbers_ref[0, i, piece] for i in range(1, 4))
+            for i in range(_TILES_AT_ONCE):
+                tile = batch * _TILES_AT_ONCE + i
+                write(num_tiles + tile, num_pairs + tile * tile_size, count - tile * tile_size, numbers)
+            return carry
+
+        batches = lax.div(tiles + _TILES_AT_ONCE - 1, _TILES_AT_ONCE) if fixed_batches is None else fixed_batches
+        lax.fori_loop(0, batches, cut_some, None)
+        return num_tiles + tiles, num_pairs + count
+
+    num_tiles, num_pairs = lax.fori_loop(0, numbers_ref.shape[2], cut, (total_ref[0], total_ref[1]))
+    total_ref[0], total_ref[1] = num_tiles, num_pairs
+
+    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+    def _() -> None:
+        # Tiles without pairs up to the end of the last step, which is also the first if there is no pair at all, and
+        # one step more, so that kernels may look ahead.
+        steps = jnp.maximum(lax.div(num_tiles + tiles_per_step - 1, tiles_per_step), 1)
+        stop = (steps + 1) * tiles_per_step
+
+        def clear(tile: Any, carry: None) -> None:
+            write(tile, 0, 0, (0, 0, 0))
+            return carry
+
+        lax.fori_loop(num_tiles, stop, clear, None)
