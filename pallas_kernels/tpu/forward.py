@@ -2,9 +2,10 @@
 
 Tiling. A chunk of some 32768 rows (a row is one query of one head) stays in VMEM together with its float32 accumulator.
 The grid walks the chunk's (query, block) pairs sorted by block, `tiles_per_step` tiles a step, each tile `tile_size`
-pairs of one stretch of keys. A step fetches its rows out of the chunk one by one, computes q k^T, exp2 and p [v | 1] of
-all its tiles, and adds the results, one by one, to the rows of the accumulator. Nothing is gathered in XLA, no partial
-result goes to HBM, and there is no merge. The grid has as many steps as the choice needs (a traced number).
+pairs of one stretch of keys. A step computes q k^T, exp2 and p [v | 1] of all its tiles, adds the results, one by one,
+to the rows of the accumulator, and meanwhile fetches the next step's queries, one by one, out of the chunk. Nothing is
+gathered in XLA, no partial result goes to HBM, and there is no merge. The grid has as many steps as the choice needs (a
+traced number). The own block is one of the chosen ones; every tile masks, which costs a tenth of a cycle a pair.
 
 Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: queries 16 MB as words of 32 bits (`key_work`), accumulator 32 MB
 (output | sum of weights, both 128 lanes), fetched rows and results of a step 0.5 and 1 MB, keys and values of a step's
@@ -20,9 +21,10 @@ chooses for every chunk of every key/value head.
 Stages. All tiles of a step go through each stage together, in source order: all q k^T, all exp2, all p v. One tile
 alone waits for the latency of each stage; eight fill each other's gaps.
 
-Speed. Bound by the scalar unit, not by arithmetic: of some six cycles a pair, three go into adding a row to the
-accumulator (fetch the number, form the address, two loads, an add and a store: at most two scalar operations a cycle),
-one into fetching the query, one and a half into the products and exp2, the rest into the step itself.
+Speed (estimates for a v6e, docs/tpu-report.md). Of some 4.2 cycles a pair, 2.8 go into adding a row to the accumulator
+and fetching one: 8 loads at computed addresses, then 8 stores, one a cycle each, and loads may not pass stores that
+might touch the same row; two scalar operations a cycle (fetch a number, form an address) leave no room beside them. The
+products, exp2 and the pipeline of a step take the rest. Neither the matrix unit nor memory is near its bound.
 Rows of a batch of `add_rows` are different queries, for they chose the same block: so all are loaded before any is
 stored. Padding points to a spare row, where sums are lost and may be.
 """
