@@ -52,7 +52,7 @@ from sparse_attn.visibility import make_visibility
 if TYPE_CHECKING:
     from experiments.configs import Preset
 
-_STEPS = 6  # of the bisection over a setting
+_STEPS = 5  # of the bisection over a setting
 
 
 @dataclasses.dataclass(frozen=True)
