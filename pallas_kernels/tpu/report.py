@@ -23,10 +23,10 @@ TILE, TILES = 128, 8  # those of KEY_MAJOR
 BACKWARD_TILE = 256
 SPLASH_TILE = 2048  # best for splash attention among 512 to 2048, found by trial
 LIMITS = (
-    "Why more than 5 cycles a pair: half-empty last tiles of a block and chunk (at 524288 tokens a chunk has 64 pairs a",
-    "block, so a tile is mostly padding); filling the accumulator, the first load and the last store of a chunk, which",
-    "nothing hides; XLA's copies where queries become words and sums become outputs; the sort; and the latency of the",
-    "loop that cuts the sorted pairs into tiles.",
+    "Why more than 5 cycles a pair: half-empty last tiles of a block and chunk (at 524288 tokens a chunk has 64 pairs",
+    "a block, so a tile is mostly padding); filling the accumulator, the first load and the last store of a chunk,",
+    "which nothing hides; XLA's copies where queries become words and sums become outputs; the sort; and the latency",
+    "of the loop that cuts the sorted pairs into tiles.",
     "",
     "* Estimates of libtpu's static profile for a v6e; nothing here ever ran on a TPU. Compare, never quote a time.",
     "* The profile overlaps reads and writes of HBM freely: kernels bound by memory look up to twice too fast.",
