@@ -21,10 +21,9 @@ every query head has its own list, as there.
 """
 
 import jax
-import jax.numpy as jnp
 
 from sparse_attn.checks import check_arrays, check_attention, check_positive
-from sparse_attn.grammar import score
+from sparse_attn.grammar import choose, score
 from sparse_attn.selection import BlockSelection
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tokens import attend_tokens
@@ -57,13 +56,8 @@ def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelect
     check_arrays(query, {"key": key})
     _check_one_token(query)
     check_positive("top_k", top_k)
-    num_keys = key.shape[1]
     scores = jax.lax.stop_gradient(score.dot(query, key))  # [batch, heads, 1, keys]: tokens are blocks of one
-    scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
-    _, indices = jax.lax.top_k(scores, min(top_k, num_keys))
-    missing = max(0, top_k - num_keys)
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=-1)
-    return BlockSelection(indices, block_size=1, num_blocks=num_keys)
+    return BlockSelection(choose.top_k_indices(scores, top_k), block_size=1, num_blocks=key.shape[1])
 
 
 def attention(
