@@ -198,6 +198,7 @@ def _judge_efficiency(study: Study) -> Judgement:
         f"{study['machine']['cpu_model']}. Holds in direction if the ratio is larger at the longest length "
         f"than at the shortest, and above 1 at "
         f"{longest} tokens; the paper's figure is for another machine and length. "
+        f"Heads are spread over {study['machine']['devices']} JAX devices for both. "
         f"MiB: temporary memory as compiled; peak: growth of a fresh process; a large product of matrices reaches "
         f"{study['machine']['matmul_gflops']} GFLOP/s."
     )

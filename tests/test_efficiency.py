@@ -8,9 +8,7 @@ from experiments.studies.efficiency import EfficiencyConfig, benchmark
 
 
 def test_ratios_are_those_of_the_medians_and_dense_stops_where_told(tmp_path, capsys):
-    config = EfficiencyConfig(
-        (64, 128), longest_dense=128, longest_dense_backward=64, block_size=16, top_k=2, repeats=2
-    )
+    config = EfficiencyConfig((64, 128), longest_dense=64, longest_dense_backward=64, block_size=16, top_k=2, repeats=2)
     benchmark(config, tmp_path / "benchmark.json")
     numbers = json.loads((tmp_path / "benchmark.json").read_text())
     assert [(row["sequence_length"], row["pass"]) for row in numbers["rows"]] == [
@@ -19,11 +17,12 @@ def test_ratios_are_those_of_the_medians_and_dense_stops_where_told(tmp_path, ca
         (128, "forward"),
         (128, "forward+backward"),
     ]
-    for row in numbers["rows"][:3]:
+    for row in numbers["rows"][:2]:
         assert row["speedup_over_dense"] == pytest.approx(row["dense_ms"] / row["moba_ms"])
         assert row["moba_temp_mib"] > 0
-    assert numbers["rows"][3]["dense_ms"] is None
-    assert numbers["rows"][3]["speedup_over_dense"] is None
+    for row in numbers["rows"][2:]:
+        assert row["dense_ms"] is row["speedup_over_dense"] is None
+        assert row["moba_peak_mib"] is None or row["moba_peak_mib"] > 0  # known on Linux alone
     # 64 queries see 1, 2, 2, 2 blocks of 16 keys; 2 heads, 4 * 64 operations a pair.
     flops = 4 * 64 * 2 * 16 * (16 * 1 + 48 * 2)
     first = numbers["rows"][0]

@@ -1,8 +1,13 @@
-"""Time and memory over sequence length, against dense attention: ratios measured in turns in one process."""
+"""Time and memory over sequence length, against dense attention: ratios measured in turns in one process.
+
+On a CPU that process has one JAX device a core, as far as the heads divide, and both MoBA and dense attention get their
+heads spread over the devices: XLA runs much of a program on one thread a device. MoBA on one device is timed as well.
+"""
 
 import dataclasses
 import functools
 import importlib.util
+import math
 import multiprocessing
 import os
 import platform
@@ -16,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.metrics import write_json
@@ -26,6 +32,7 @@ from sparse_attn import moba_attention
 if TYPE_CHECKING:
     from experiments.configs import Preset
 
+_NAMES = "moba", "one_device", "dense", "torch"
 _REST = 0.25  # seconds between measurements: the threads of other libraries go on spinning for a while after a call
 
 
@@ -95,6 +102,12 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     Arithmetic counted as useful: 4 d for each (query, key) that the pass must look at (2 products of 2 d), times 3.5
     with the backward pass (7 products instead of 2); for MoBA all keys of the chosen blocks.
     """
+    return _in_fresh_process(_measure, config)
+
+
+def _measure(config: EfficiencyConfig) -> dict[str, Any]:
+    """What `measure` returns, in a process of its own."""
+    _use_cores_as_devices(config)
     rows = []
     for length in tqdm(config.sequence_lengths, desc="efficiency", unit="length"):
         for is_training in (False, True):
@@ -108,11 +121,11 @@ def table(numbers: dict[str, Any]) -> str:
     def show(value: float | None, spread: float | None = None) -> str:
         return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
 
-    head = ("tokens", "pass", "moba ms", "dense ms", "torch ms", "x dense", "x torch")
+    head = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
     head += ("moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
     lines = [head]
     for row in numbers["rows"]:
-        times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in ("moba", "dense", "torch")]
+        times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in _NAMES]
         ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
         memory = [show(row[f"{name}_{kind}_mib"]) for kind in ("temp", "peak") for name in ("moba", "dense")]
         speed = row["achieved_gflops"]
@@ -122,21 +135,25 @@ def table(numbers: dict[str, Any]) -> str:
     text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     machine = ", ".join(f"{key} {value}" for key, value in {**numbers["machine"], **numbers["about"]}.items())
     return (
-        f"{text}\n\nms: median ± half the interquartile range. MiB: temporary memory as compiled; peak: growth of a "
-        f"fresh process by one call. % limit: of one large matrix product, matmul_gflops.\n{machine}"
+        f"{text}\n\nms: median ± half the interquartile range, heads spread over the devices; 1 device: MoBA on one. "
+        f"MiB: temporary memory as compiled; peak: growth of a fresh process by one call. % limit: of one large matrix "
+        f"product, matmul_gflops.\n{machine}"
     )
 
 
 def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> dict[str, Any]:
-    inputs, attention = _draw_inputs(config, length), _contestants(config)
+    inputs, attention, sharding = _draw_inputs(config, length), _contestants(config), _head_sharding(config.num_heads)
+    spread_inputs = jax.device_put(inputs, sharding)
     if length > (config.longest_dense_backward if is_training else config.longest_dense):
         del attention["dense"]
     calls: dict[str, Callable[[], Any]] = {}
     memory: dict[str, float] = {}
     for name, function in attention.items():
-        compiled = _compile(function, inputs, is_training)
-        calls[name] = functools.partial(_call, compiled, inputs)
-        memory[name] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        compiled = _compile(_over_heads(function, sharding), spread_inputs, is_training)
+        calls[name] = functools.partial(_call, compiled, spread_inputs)
+        memory[name] = sharding.num_devices * compiled.memory_analysis().temp_size_in_bytes / 2**20
+    if sharding.num_devices > 1:
+        calls["one_device"] = functools.partial(_call, _compile(attention["moba"], inputs, is_training), inputs)
     is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
     if config.torch and is_comparable and importlib.util.find_spec("torch"):
         calls["torch"] = _torch_call(inputs)
@@ -148,7 +165,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     pairs = config.batch_size * config.num_heads * float(blocks.sum()) * config.block_size
     flops = 4 * config.head_dim * pairs * (3.5 if is_training else 1)
     row = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
-    for name in ("moba", "dense", "torch"):
+    for name in _NAMES:
         row |= {f"{name}_ms": median.get(name), f"{name}_iqr_ms": spread.get(name)}
     for name in ("dense", "torch"):
         row[f"speedup_over_{name}"] = median[name] / median["moba"] if name in median else None
@@ -156,7 +173,9 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     for name in ("moba", "dense"):
         is_longest = length == max(config.sequence_lengths)  # a fresh process takes seconds to start
         row[f"{name}_peak_mib"] = (
-            _peak_mib(config, length, is_training, name) if is_longest and name in attention else None
+            _in_fresh_process(_measure_peak, config, length, is_training, name)
+            if is_longest and name in attention
+            else None
         )
     return row | {"achieved_gflops": flops / median["moba"] / 1e6}
 
@@ -168,6 +187,32 @@ def _contestants(config: EfficiencyConfig) -> dict[str, Callable[..., jax.Array]
     }
 
 
+def _use_cores_as_devices(config: EfficiencyConfig) -> None:
+    """Gives JAX as many CPU devices as there are cores, if the heads divide by that; before anything else is asked."""
+    jax.config.update("jax_num_cpu_devices", math.gcd(config.num_heads, os.cpu_count() or 1))
+
+
+def _head_sharding(num_heads: int) -> NamedSharding:
+    """Heads of `[batch, tokens, heads, head_dim]` over as many devices as divide them."""
+    devices = jax.devices()[: math.gcd(num_heads, jax.device_count())]
+    return NamedSharding(
+        jax.make_mesh((len(devices),), ("heads",), devices=devices), PartitionSpec(None, None, "heads")
+    )
+
+
+def _over_heads(
+    function: Callable[..., jax.Array], sharding: NamedSharding
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The attention function with every device working on its own heads, which never meet."""
+    mesh, spec = sharding.mesh, sharding.spec
+    return jax.shard_map(function, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+
+
+def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(function, *arguments).result()
+
+
 def _draw_inputs(config: EfficiencyConfig, length: int) -> list[jax.Array]:
     shape = (config.batch_size, length, config.num_heads, config.head_dim)
     return [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
@@ -177,15 +222,12 @@ def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_tra
     return jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
 
 
-def _peak_mib(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float | None:
-    """Growth of the largest resident size of a fresh process by one call, its result included (MiB); Linux alone."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(_measure_peak, config, length, is_training, name).result()
-
-
 def _measure_peak(config: EfficiencyConfig, length: int, is_training: bool, name: str) -> float | None:
-    inputs = _draw_inputs(config, length)
-    compiled = _compile(_contestants(config)[name], inputs, is_training)
+    """Growth of the largest resident size of this fresh process by one call, its result included (MiB); Linux alone."""
+    _use_cores_as_devices(config)
+    sharding = _head_sharding(config.num_heads)
+    inputs = jax.device_put(_draw_inputs(config, length), sharding)
+    compiled = _compile(_over_heads(_contestants(config)[name], sharding), inputs, is_training)
     before = _largest_resident_kib()
     _call(compiled, inputs)
     after = _largest_resident_kib()
@@ -245,6 +287,7 @@ def _describe_machine() -> dict[str, Any]:
         else []
     )
     machine = {
+        "devices": jax.device_count(),
         "cpu_model": names[0] if names else platform.processor(),
         "matmul_gflops": round(2 * size**3 / float(np.median(seconds)) / 1e9),
     }
