@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+CUDA_VENV ?= .venv-cuda
 PRESET ?= tiny
 
-.PHONY: reproduce test test-versions lint benchmark clean
+.PHONY: reproduce test test-versions compile-gpu lint benchmark clean
 
 reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, write the report
 	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
@@ -22,6 +23,11 @@ benchmark: $(VENV)/ready-experiments  ## times and memory against dense attentio
 
 test-versions: ## the same tests on another Python, hence another JAX: make test-versions PYTHON=python3.13
 	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON))
+
+compile-gpu: ## compiles every GPU kernel, without a GPU; downloads CUDA, 5 GB: make compile-gpu PYTHON=python3.12
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; set PYTHON=...")'
+	$(MAKE) $(CUDA_VENV)/ready-cuda13 VENV=$(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m tests.gpu.compile
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'

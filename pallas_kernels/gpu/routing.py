@@ -23,7 +23,8 @@ Speed. At 64K tokens, block_size 128, head_dim 128, 32 heads: the scores of the 
 times that in the three passes, 0.4 ms on an H200 at its peak. An extraction reads every score of a stretch once, about
 eight operations each; a stretch takes top_k of them at first, later ones fewer: by an estimate 0.4 ms. Bound by
 arithmetic, of both kinds alike, and the only stage that grows with the square of the sequence. Compiled for sm_90 it
-spills no registers, but for some hundred bytes at head_dim 256 in float32, and in float16 with a top_k of 64.
+spills no registers: rows of more than 128 columns are split into parts, and multiplied, 128 columns at a time. That
+takes nothing away from the tiles, and adds neither bytes nor operations.
 """
 
 import functools
@@ -56,6 +57,7 @@ from pallas_kernels.gpu.tiles import (
 # Id of an empty place in a list, before its number is added: above every block.
 _NO_BLOCK = 1 << 30
 _LARGEST_TOP_K = 64  # of a list in registers
+_PIECE = 128  # columns that are split at a time: for 256 at once the registers do not suffice
 
 
 def route(
@@ -112,7 +114,6 @@ def route(
         interpret=interpret,
     )
     parts = ceil_div(jnp.finfo(query.dtype).nmant + 1, 8)  # bfloat16 numbers that hold a number of the queries
-    stretch = config.route_blocks // (2 if parts * padded_head_dim(head_dim) >= 512 else 1)  # must fit the registers
     tile = min(config.route_queries, power_of_two(num_queries, SMALLEST_SIDE))
     indices = pl.pallas_call(
         functools.partial(
@@ -123,7 +124,7 @@ def route(
             num_blocks=num_blocks,
             parts=parts,
             tile=tile,
-            stretch=min(max(stretch, SMALLEST_SIDE), power_of_two(num_blocks, SMALLEST_SIDE)),
+            stretch=min(config.route_blocks, power_of_two(num_blocks, SMALLEST_SIDE)),
             top_k=top_k,
             is_causal=is_causal,
         ),
@@ -177,8 +178,9 @@ def _route_kernel(
     place = pl.program_id(0) * tile + iota(tile)
     is_query = place < num_queries
     token = batch_row * num_queries + place
-    query = load_rows(query_ref, token * num_heads + head, is_query, columns)
-    query_parts = _split_exactly(query.astype(jnp.float32), parts)
+    pieces = [(min(columns, _PIECE), begin) for begin in range(0, columns, _PIECE)]
+    query = [load_rows(query_ref, token * num_heads + head, is_query, *piece) for piece in pieces]
+    query_parts = [_split_exactly(piece.astype(jnp.float32), parts) for piece in query]
     first = load_numbers(first_ref, token, is_query)  # [queries]
     last = load_numbers(last_ref, token, is_query, other=-1)
     is_reached = first <= last
@@ -191,12 +193,12 @@ def _route_kernel(
 
     def scores_of(step: jax.Array) -> jax.Array:  # [queries, stretch]
         block = step * stretch + iota(stretch)
-        mean = load_rows(mean_ref, first_mean + block, block < num_blocks, columns)
-        mean_parts = _split_exactly(mean, 3)
         score = jnp.zeros((tile, stretch), jnp.float32)
         pairs = [(i, j) for i in range(parts) for j in range(3)]
-        for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest products first
-            score += product(query_parts[i], mean_parts[j], NT)
+        for piece, query_piece in zip(pieces, query_parts, strict=True):
+            mean_piece = _split_exactly(load_rows(mean_ref, first_mean + block, block < num_blocks, *piece), 3)
+            for i, j in sorted(pairs, key=sum, reverse=True):  # the smallest products first
+                score += product(query_piece[i], mean_piece[j], NT)
         if is_causal:
             score = jnp.where(block[None, :] == last[:, None], jnp.inf, score)
         is_visible = (first[:, None] <= block[None, :]) & (block[None, :] <= last[:, None])

@@ -65,32 +65,33 @@ def iota(size: int) -> jax.Array:
     return lax.iota(jnp.int32, size)
 
 
-def load_rows(ref: Any, row: jax.Array, is_real: jax.Array, columns: int) -> jax.Array:
+def load_rows(ref: Any, row: jax.Array, is_real: jax.Array, columns: int, first_column: int = 0) -> jax.Array:
     """Rows of `[rows, width]`, zeros where `is_real` is false and behind the last column: `[..., columns]`.
 
     Args:
       ref: the array in memory.
       row: int32 `[...]`, numbers of the rows.
       is_real: bool, shaped like row.
-      columns: at least the width.
+      columns: how many of them.
+      first_column: number of the first.
     """
-    index, mask = _places(ref, row, is_real, columns)
+    index, mask = _places(ref, row, is_real, columns, first_column)
     return plgpu.load(ref.at[index], mask=mask, other=0)
 
 
 def store_rows(ref: Any, row: jax.Array, is_real: jax.Array, tile: jax.Array) -> None:
     """Writes what `load_rows` would read, in the array's dtype. The rows where `is_real` holds are different ones."""
-    index, mask = _places(ref, row, is_real, tile.shape[-1])
+    index, mask = _places(ref, row, is_real, tile.shape[-1], first_column=0)
     plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
 
 def _places(
-    ref: Any, row: jax.Array, is_real: jax.Array, columns: int
+    ref: Any, row: jax.Array, is_real: jax.Array, columns: int, first_column: int
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     shape = (*row.shape, columns)
-    column = lax.broadcasted_iota(jnp.int32, shape, row.ndim)
+    column = first_column + lax.broadcasted_iota(jnp.int32, shape, row.ndim)
     mask = jnp.broadcast_to(is_real[..., None], shape)
-    if columns != ref.shape[-1]:
+    if first_column + columns > ref.shape[-1]:
         mask &= column < ref.shape[-1]
     return (jnp.broadcast_to(row[..., None], shape), column), mask
 

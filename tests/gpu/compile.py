@@ -1,0 +1,180 @@
+"""Compiles every variant of the GPU kernels for an H100, without one: `make compile-gpu`, or in an environment with
+`jax[cuda13]`, `python -m tests.gpu.compile [part of a name ...]`.
+
+XLA, Triton and NVIDIA's assembler make machine code for sm_90 from the description of the chip beside this file. That
+shows that a kernel can be compiled, that it fits the shared memory, and what the assembler has to complain about:
+
+* registers spilled to memory. XLA has ptxas warn of them and logs its warnings when asked to; Mosaic prints the report
+  of ptxas when asked to. Both arrive at stderr, where they are read.
+* C7512 in a Mosaic kernel: products of the tensor cores that wait for each other (wgmma serialised).
+
+Either fails the run. A kernel made to spill comes first: if no warning of it arrives, none would arrive of others.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src import mesh as mesh_lib  # AbstractDevice has no public name yet
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
+
+from pallas_kernels.config import TRITON
+from pallas_kernels.gpu.backward import attend_backward
+from pallas_kernels.gpu.forward import attend_forward
+from pallas_kernels.gpu.routing import route
+
+TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
+_TOKENS, _HEADS, _KV_HEADS = 4096, 4, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A function to compile and the shapes of its arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def route_variant(dtype: str, head_dim: int, block_size: int, top_k: int, **options: Any) -> Variant:
+    """Causal routing."""
+    query, key, block, token = _shapes(dtype, head_dim, block_size)
+
+    def function(query, key, start, length, first, last):
+        places = {"block_start": start, "block_length": length, "first_block": first, "last_block": last}
+        return route(query, key, **places, block_size=block_size, top_k=top_k, is_causal=True, **options)
+
+    name = f"route {dtype} head_dim={head_dim} block_size={block_size} top_k={top_k}"
+    return Variant(name, function, (query, key, block, block, token, token))
+
+
+def attend_variants(dtype: str, head_dim: int, block_size: int, top_k: int, **options: Any) -> tuple[Variant, Variant]:
+    """The forward and the backward pass; options go to both, as `config` does."""
+    query, key, block, token = _shapes(dtype, head_dim, block_size)
+    indices = jax.ShapeDtypeStruct((1, _HEADS, _TOKENS, top_k), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((1, _TOKENS, _HEADS), jnp.float32)
+    options = {"block_size": block_size, "is_packed": False, "scale": 0.1} | options
+
+    def forward(query, key, value, indices, start, length, stop):
+        places = {"block_start": start, "block_length": length, "key_stop": stop}
+        return attend_forward(query, key, value, indices, **places, **options)
+
+    def backward(query, key, value, indices, start, length, stop, *results):
+        places = {"block_start": start, "block_length": length, "key_stop": stop}
+        return attend_backward(query, key, value, indices, *results, **places, **options)
+
+    name = f"{dtype} head_dim={head_dim} block_size={block_size} top_k={top_k}"
+    shapes = query, key, key, indices, block, block, token
+    return (
+        Variant(f"forward {name}", forward, shapes),
+        Variant(f"backward {name}", backward, (*shapes, query, numbers, query, numbers)),
+    )
+
+
+def _shapes(dtype: str, head_dim: int, block_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Queries, keys, a number for each block, a number for each token."""
+    return (
+        jax.ShapeDtypeStruct((1, _TOKENS, _HEADS, head_dim), dtype),
+        jax.ShapeDtypeStruct((1, _TOKENS, _KV_HEADS, head_dim), dtype),
+        jax.ShapeDtypeStruct((1, -(-_TOKENS // block_size)), jnp.int32),
+        jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32),
+    )
+
+
+def triton_variants() -> Iterator[Variant]:
+    """Every dtype and width of a row, with blocks from 16 to 512 keys."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        for head_dim in (64, 80, 128, 256):
+            for top_k in (2, 8, 64):
+                yield route_variant(dtype, head_dim, 64, top_k)
+            for block_size, top_k in ((16, 64), (100, 8), (512, 2)):
+                yield from attend_variants(dtype, head_dim, block_size, top_k)
+
+
+def spilling_variant() -> Variant:
+    """Four warps have no room for these tiles."""
+    config = dataclasses.replace(TRITON, tile_size=256, attend_warps=4)
+    return attend_variants("bfloat16", 128, 256, 8, config=config)[0]
+
+
+@contextlib.contextmanager
+def h100() -> Iterator[None]:
+    """Tracing inside sees an H100, which tells Pallas what to lower for."""
+    device = mesh_lib.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("d",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+@functools.cache  # shardings over two descriptions of one device do not mix
+def _sharding() -> SingleDeviceSharding:
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def complaints(variant: Variant) -> list[str]:
+    """Compiles a variant; the lines of the assembler on spilled registers and serialised products."""
+    sharding = _sharding()
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in variant.shapes]
+    compiled = jax.jit(variant.function, in_shardings=sharding, out_shardings=sharding)
+    with _stderr() as read, h100():
+        compiled.lower(*shapes).compile()
+        report = read()
+    spills = re.compile(r"[1-9]\d* bytes spill")
+    return [line.strip() for line in report.splitlines() if spills.search(line) or "C7512" in line]
+
+
+@contextlib.contextmanager
+def _stderr() -> Iterator[Callable[[], str]]:
+    """Catches what the process writes to stderr, C++ included; gives a function that returns it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+
+            def read() -> str:
+                caught.seek(0)
+                return caught.read().decode(errors="replace")
+
+            yield read
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def main() -> None:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0"  # read when the CUDA plug-in is loaded, later
+    os.environ["TF_CPP_VMODULE"] = "ptx_compiler_helpers=3"
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    if not complaints(spilling_variant()):
+        sys.exit("no warning of a kernel that is made to spill registers: this jax reports them in another way")
+    failed = 0
+    for variant in triton_variants():
+        if not all(part in variant.name for part in sys.argv[1:]):
+            continue
+        start = time.perf_counter()
+        try:
+            lines = complaints(variant)
+        except Exception as error:  # the others are compiled all the same
+            lines = [f"{type(error).__name__}: {str(error)[:500]}"]
+        failed += bool(lines)
+        print(f"{'FAILED' if lines else 'ok'} {variant.name} {time.perf_counter() - start:.1f} s", *lines, sep="\n  ")
+    if failed:
+        sys.exit(f"{failed} variants failed")
+
+
+if __name__ == "__main__":
+    main()
