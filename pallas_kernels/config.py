@@ -87,3 +87,46 @@ class TritonConfig:
 
 
 TRITON = TritonConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicConfig:
+    """Sizes of the Mosaic GPU kernels, for Hopper. None has been tuned, and the kernels have not run on a GPU yet.
+
+    Attributes:
+      query_slots: tiles of queries in shared memory, at least two: one is loaded while another is worked on.
+      key_slots: blocks of keys and values in shared memory, forward, at least two.
+      gather_in_kernel: whether the kernels gather the rows of a tile themselves; else XLA does so before, into one more
+        array of chunk size (for packed rows: of up to a tile a key).
+      compute_registers: registers of a thread that computes, of which there are 256.
+      memory_registers: registers of a thread that moves data, of which there are 128.
+      num_programs: multiprocessors of the GPU, each of which runs one program.
+      chunk_bytes: as in `TritonConfig`.
+    """
+
+    query_slots: int = 2
+    key_slots: int = 2
+    gather_in_kernel: bool = True
+    compute_registers: int = 232
+    memory_registers: int = 40
+    num_programs: int = 132
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"query_slots": 2, "key_slots": 2, "num_programs": 1, "chunk_bytes": 1}
+        for name, smallest in least.items():
+            size = getattr(self, name)
+            if size is not None and size < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {name}={size}")
+        for name in ("compute_registers", "memory_registers"):
+            size = getattr(self, name)
+            if size % 8 or not 24 <= size <= 256:
+                raise ValueError(f"{name} must be a multiple of 8 from 24 to 256, got {name}={size}")
+        if 2 * self.compute_registers + self.memory_registers > 512:
+            raise ValueError(
+                "2 * compute_registers + memory_registers must be at most 512, got "
+                f"compute_registers={self.compute_registers}, memory_registers={self.memory_registers}"
+            )
+
+
+MOSAIC = MosaicConfig()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import KeyMajorConfig, TritonConfig
+from pallas_kernels.config import KeyMajorConfig, MosaicConfig, TritonConfig
 from sparse_attn.layout import Layout
 from sparse_attn.visibility import Visibility
 
@@ -31,7 +31,9 @@ def _kernels(name: str, config: Any) -> types.ModuleType:
             "implementation='xla' is the proven path",
             stacklevel=2,
         )
-    is_gpu = is_gpu if config is None else isinstance(config, TritonConfig)
+    if isinstance(config, MosaicConfig):
+        name = f"mosaic_{name}"
+    is_gpu = is_gpu if config is None else isinstance(config, TritonConfig | MosaicConfig)
     return importlib.import_module(f"pallas_kernels.{'gpu' if is_gpu else 'tpu'}.{name}")
 
 
@@ -77,7 +79,7 @@ def attend(
     layout: Layout,
     *,
     scale: float,
-    config: KeyMajorConfig | TritonConfig | None = None,
+    config: KeyMajorConfig | TritonConfig | MosaicConfig | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Same as `reference.attend`, by kernels.
@@ -85,7 +87,8 @@ def attend(
     Args:
       query, key, value, indices, layout, scale: as there.
       config: sizes inside the kernels; None for those of the platform's kernels.
-      interpret: False, or what makes the kernels run on a CPU: `pltpu.InterpretParams` for TPU, True for GPU.
+      interpret: False, or what makes the kernels run on a CPU: `pltpu.InterpretParams` for TPU, True for GPU,
+        `plgpu.InterpretGPUParams` for a `MosaicConfig`.
 
     Raises:
       NotImplementedError: a dtype, head_dim, block_size or top_k that the kernels cannot do.
@@ -106,7 +109,7 @@ def attend_gradients(
     d_log_sum_exp: jax.Array,
     *,
     scale: float,
-    config: KeyMajorConfig | TritonConfig | None = None,
+    config: KeyMajorConfig | TritonConfig | MosaicConfig | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attend` for query, key and value, from its results and theirs."""
@@ -151,7 +154,7 @@ def _attend(
     indices: jax.Array,
     layout: Layout,
     scale: float,
-    config: KeyMajorConfig | TritonConfig | None,
+    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     options = {**_places(layout), **_sizes(config), "scale": scale, "interpret": interpret}
@@ -165,7 +168,7 @@ def _attend_forward(
     indices: jax.Array,
     layout: Layout,
     scale: float,
-    config: KeyMajorConfig | TritonConfig | None,
+    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
     interpret: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple]:
     output, log_sum_exp = _attend(query, key, value, indices, layout, scale, config, interpret)
@@ -174,7 +177,7 @@ def _attend_forward(
 
 def _attend_backward(
     scale: float,
-    config: KeyMajorConfig | TritonConfig | None,
+    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
     interpret: Any,
     residuals: tuple,
     gradients: tuple[jax.Array, jax.Array],

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import MosaicConfig, TritonConfig
 from pallas_kernels.gpu.tiles import (
     SMALLEST_SIDE,
     ceil_div,
@@ -91,7 +91,7 @@ def make_plan(
     scale: float,
     tile_size: int,
     arrays: int,
-    config: TritonConfig,
+    config: TritonConfig | MosaicConfig,
 ) -> Plan:
     """Chooses the chunks: whole heads, several if they fit, so that blocks have many pairs; else parts of one head.
 

@@ -122,7 +122,7 @@ def attend_forward(
     config = config.for_rows(plan.columns, query.dtype.itemsize)
 
     def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return _merge(chunk, *attend(chunk), *outputs, plan, config, interpret)
+        return merge(chunk, *attend(chunk), *outputs, plan, config, interpret)
 
     num_rows = query.size // plan.head_dim
     empty = jnp.zeros((num_rows, plan.head_dim), query.dtype), jnp.zeros(num_rows, jnp.float32)
@@ -259,7 +259,7 @@ def _attend_kernel(
         store_numbers(sum_ref, pairs.place, pairs.rows.is_real, largest + jnp.log2(total))
 
 
-def _merge(
+def merge(
     chunk: Chunk,
     partial_output: jax.Array,
     partial_sum: jax.Array,
