@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.config import TRITON, TritonConfig
+from pallas_kernels.config import TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -61,6 +61,7 @@ from pallas_kernels.gpu.tiles import (
     product,
     store_rows,
 )
+from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_backward(
@@ -79,7 +80,7 @@ def attend_backward(
     block_size: int,
     is_packed: bool,
     scale: float,
-    config: TritonConfig = TRITON,
+    config: TritonConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attend_forward` for query, key and value. Has not run on a GPU yet.
@@ -99,6 +100,7 @@ def attend_backward(
     """
     del is_packed
     check_supported(query)
+    config = config or tuned(query.shape[-1], block_size, indices.shape[-1])
     config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,

@@ -109,6 +109,11 @@ def backward_stages(problem: Problem) -> tuple[Stage, ...]:
     )
 
 
+def total(name: str, stages: tuple[Stage, ...]) -> Stage:
+    """Bytes and operations of several stages together."""
+    return Stage(name, *(sum(getattr(stage, kind) for stage in stages) for kind in ("bytes", "tensor", "vector")))
+
+
 def _route_stage(problem: Problem) -> Stage:
     """Means of keys, scores in three passes of the tensor cores, and the extraction of the best blocks."""
     p = problem

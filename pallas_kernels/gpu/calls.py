@@ -1,0 +1,176 @@
+"""The calls that are checked, tuned and measured on a device: inputs of a problem, the kernels, what they must give."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.config import MosaicConfig, TritonConfig
+from pallas_kernels.gpu.chunks import Chunk, for_chunks
+from pallas_kernels.gpu.forward import attend_chunks
+from pallas_kernels.gpu.roofline import Problem
+from pallas_kernels.gpu.routing import route
+from pallas_kernels.gpu.tiles import padded_head_dim
+from pallas_kernels.gpu.tuning import tuned
+
+Arrays = dict[str, jax.Array]
+# How far a 16-bit result may lie from the right one, as a share of the largest expected value, at least of 1: rounding
+# of inputs of the products and of the result, a few units of 2^-8.
+_TOLERANCE = 2e-2
+
+
+def make_arrays(problem: Problem) -> Arrays:
+    """Query, key, value and gradient of the output in bfloat16; the places of blocks in full causal sequences.
+
+    The numbers are random multiples of 1/8. Router scores are then exact in float32, in whatever order they are summed,
+    and there is one right choice.
+    """
+    shape = (problem.batch, problem.sequence, problem.heads, problem.head_dim)
+    names = ("query", "key", "value", "d_output")
+    arrays = {name: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed, name in enumerate(names)}
+    arrays = {name: jnp.round(8 * array) / 8 for name, array in arrays.items()}
+    place = np.arange(problem.sequence, dtype=np.int32)
+    rows = {
+        "block_start": place[:: problem.block_size],
+        "block_length": np.full(problem.num_blocks, problem.block_size, np.int32),
+        "first_block": np.zeros_like(place),
+        "last_block": place // problem.block_size,
+        "key_stop": place + 1,
+    }
+    return arrays | {name: jnp.broadcast_to(row, (problem.batch, row.size)) for name, row in rows.items()}
+
+
+def make_calls(
+    problem: Problem, config: TritonConfig | MosaicConfig, interpret: Any = False
+) -> dict[str, Callable[..., Any]]:
+    """Functions of the arrays of `make_arrays` and, but for "route" and the whole ones, of the choice.
+
+    Args:
+      problem: what to compute.
+      config: sizes of the kernels. For the Mosaic ones routing takes the sizes of the table, and there are no stages.
+      interpret: as in the kernels.
+    """
+    block_size, scale = problem.block_size, problem.head_dim**-0.5
+    is_mosaic = isinstance(config, MosaicConfig)
+    backend = "mosaic_" if is_mosaic else ""
+    attend_forward = importlib.import_module(f"pallas_kernels.gpu.{backend}forward").attend_forward
+    attend_backward = importlib.import_module(f"pallas_kernels.gpu.{backend}backward").attend_backward
+
+    def choose(a: Arrays) -> jax.Array:
+        names = ("block_start", "block_length", "first_block", "last_block")
+        places: dict[str, Any] = {name: a[name] for name in names}  # and the static options
+        sizes = tuned(problem.head_dim, block_size, problem.top_k) if isinstance(config, MosaicConfig) else config
+        places |= {"block_size": block_size, "top_k": problem.top_k, "is_causal": True}
+        return route(a["query"], a["key"], **places, config=sizes, interpret=bool(interpret))
+
+    def options(a: Arrays) -> dict[str, Any]:
+        places: dict[str, Any] = {name: a[name] for name in ("block_start", "block_length", "key_stop")}
+        static = {"block_size": block_size, "is_packed": False, "scale": scale}
+        return {**places, **static, "config": config, "interpret": interpret}
+
+    def attend(a: Arrays, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return attend_forward(a["query"], a["key"], a["value"], indices, **options(a))
+
+    def differentiate(a: Arrays, indices: jax.Array) -> tuple[jax.Array, ...]:
+        output, log_sum_exp = attend(a, indices)
+        results = output, log_sum_exp, a["d_output"], jnp.zeros_like(log_sum_exp)
+        return attend_backward(a["query"], a["key"], a["value"], indices, *results, **options(a))
+
+    def over_chunks(a: Arrays, indices: jax.Array, keep: Callable[..., jax.Array]) -> jax.Array:
+        """Of each chunk one number is kept, so that nothing of it can be left out."""
+        assert isinstance(config, TritonConfig)
+        plan, attend_chunk = attend_chunks(a["query"], a["key"], a["value"], indices, **options(a))
+        tile_size = config.for_rows(padded_head_dim(problem.head_dim), a["query"].dtype.itemsize).tile_size
+
+        def add(chunk: Chunk, total: jax.Array) -> jax.Array:
+            return total + keep(chunk, attend_chunk).astype(jnp.float32)
+
+        return for_chunks(plan, indices, tile_size, add, jnp.float32(0))
+
+    def schedule_only(a: Arrays, indices: jax.Array) -> jax.Array:
+        return over_chunks(a, indices, lambda chunk, _: chunk.schedule.pair.sum() + chunk.schedule.block.sum())
+
+    def without_merge(a: Arrays, indices: jax.Array) -> jax.Array:
+        def keep(chunk: Chunk, attend_chunk: Callable[[Chunk], tuple[jax.Array, jax.Array]]) -> jax.Array:
+            output, log_sum_exp = attend_chunk(chunk)
+            return output[0, 0].astype(jnp.float32) + log_sum_exp[0]
+
+        return over_chunks(a, indices, keep)
+
+    stages = {} if is_mosaic else {"schedule": schedule_only, "schedule_attend": without_merge}
+    return {
+        "route": choose,
+        **stages,
+        "forward": attend,
+        "forward_backward": differentiate,
+        "whole_forward": lambda a: attend(a, choose(a)),
+        "whole_forward_backward": lambda a: differentiate(a, choose(a)),
+    }
+
+
+def takes_choice(name: str) -> bool:
+    """Whether a call of `make_calls` takes the choice, besides the arrays."""
+    return name in ("schedule", "schedule_attend", "forward", "forward_backward")
+
+
+def dense_calls() -> dict[str, Callable[..., Any]]:
+    """cuDNN's dense causal attention of the same arrays."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+    def differentiate(a: Arrays) -> tuple[jax.Array, ...]:
+        return jax.vjp(attend, a["query"], a["key"], a["value"])[1](a["d_output"])
+
+    return {
+        "dense_forward": lambda a: attend(a["query"], a["key"], a["value"]),
+        "dense_forward_backward": differentiate,
+    }
+
+
+def right_results(problem: Problem, arrays: Arrays) -> dict[str, Any]:
+    """What "route", "forward" and "forward_backward" must give: by XLA in float32, with all logits in memory at once.
+
+    For sequences of a few thousand tokens, whose `[batch, heads, queries, keys]` logits fit.
+    """
+    query, key, value, d_output = (
+        arrays[name].astype(jnp.float32) for name in ("query", "key", "value", "d_output")
+    )  # each [batch, tokens, heads, head_dim]
+    block = jnp.arange(problem.num_blocks)
+    own = arrays["last_block"][:, None, :, None]  # [batch, 1, queries, 1]
+    means = key.reshape(problem.batch, problem.num_blocks, problem.block_size, *key.shape[2:]).mean(2)
+    with jax.default_matmul_precision("highest"):
+        scores = jnp.einsum("bqhd,bnhd->bhqn", query, means)  # n blocks
+        scores = jnp.where(block == own, jnp.inf, jnp.where(block < own, scores, -jnp.inf))
+        best, indices = lax.top_k(scores, problem.top_k)  # lower blocks first among equals
+        indices = jnp.where(best == -jnp.inf, -1, indices)  # [batch, heads, queries, top_k]
+        is_chosen = (indices[..., None] == block).any(-2)  # [batch, heads, queries, blocks]
+        place = jnp.arange(problem.sequence)
+        is_seen = jnp.repeat(is_chosen, problem.block_size, axis=-1) & (place <= place[:, None])
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) * problem.head_dim**-0.5
+            logits = jnp.where(is_seen, logits, -jnp.inf)
+            log_sum_exp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            output = jnp.einsum("bhqk,bkhd->bqhd", jnp.exp(logits - log_sum_exp), value)
+            return output, log_sum_exp[..., 0].swapaxes(1, 2)
+
+        results, pull_back = jax.vjp(attend, query, key, value)
+        gradients = pull_back((d_output, jnp.zeros_like(results[1])))
+    return {"route": indices, "forward": results, "forward_backward": gradients}
+
+
+def is_right(actual: Any, expected: Any) -> bool:
+    """Whether results are those of `right_results`: choices exactly, numbers up to rounding in 16 bits."""
+
+    def agree(actual: jax.Array, expected: jax.Array) -> bool:
+        if jnp.issubdtype(expected.dtype, jnp.integer):
+            return bool((actual == expected).all())
+        error = jnp.abs(actual.astype(jnp.float32) - expected).max()
+        return bool(error <= _TOLERANCE * jnp.maximum(1, jnp.abs(expected).max()))  # NaN is not
+
+    return jax.tree.all(jax.tree.map(agree, actual, expected))
