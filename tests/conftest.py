@@ -1,8 +1,13 @@
-"""Settings of every test: CPU unless JAX_PLATFORMS says otherwise."""
+"""Settings of every test: CPU unless JAX_PLATFORMS says otherwise, and programs compiled fast, not well.
+
+Compiling takes most of the suite's time, the more so the better XLA optimises. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests
+programs as a user gets them.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import pytest
