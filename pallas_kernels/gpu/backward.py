@@ -5,27 +5,32 @@ Compiled and interpreted only: nothing here has run on a GPU yet.
 With P = exp(scale Q K^T - L), delta = sum(dO O) - dL and dS = scale P (dO V^T - delta): dQ = dS K, dK = dS^T Q,
 dV = P^T dO. Source: FlashAttention-2 (arXiv 2307.08691), section 2.
 
-Tiling. Chunks of rows and tiles of pairs as in `forward`. Three kernels.
-
-dQ of pairs. Grid (tile, key/value head of the chunk): the shape of the forward kernel. A program gathers the rows of
-its tile (query, gradient of the output, log-sum-exp, delta), walks the keys of its block, computes P and dS again, adds
-up dS K, and leaves it at the place of the pair, in the dtype of the queries.
-
-Sum. Grid (group of rows, key/value head): adds up what the pairs of a row left, and writes dQ where it belongs.
+Tiling. Chunks of rows and tiles of pairs as in `forward`. Three kernels, or two where a program has a whole block.
 
 dK and dV. Grid (stretch of `key_size` keys of a block, key/value head). A program keeps its keys and values and both
 gradients, [key_size, head_dim] in float32, in registers, and walks the tiles of its block, which follow one another: it
-gathers their rows and adds dS^T Q and P^T dO. At the end it adds the sums to what earlier chunks left.
+gathers their rows (query, gradient of the output, log-sum-exp, delta), computes P and dS again, and adds dS^T Q and
+P^T dO. At the end it adds the sums to what earlier chunks left. Where its stretch is the whole block, it has all that
+the dQ of a pair is made of: it also leaves dS K at the place of the pair, in the dtype of the queries.
+
+dQ of pairs, for blocks of more than `key_size` keys. Grid (tile, key/value head of the chunk): the shape of the forward
+kernel. A program gathers the rows of its tile, walks the keys of its block, computes P and dS once more, adds up dS K,
+and leaves it in the same place.
+
+Sum. Grid (group of rows, key/value head): adds up what the pairs of a row left, and writes dQ where it belongs.
 
 Sums have a fixed order, that of the schedule: the same bits in every run. dK and dV pass from chunk to chunk in
 float32, or in the dtype of the keys where one chunk holds all rows of a head.
 
-Memory. Registers of the third kernel: two accumulators and two products [key_size, backward_tile_size]. Global memory:
+Memory. Registers of the first kernel: two accumulators and two products [key_size, backward_tile_size]. Global memory:
 inputs, outputs, partial dQ of a chunk.
 
-Speed. Bound by memory. Seven products instead of five, for P and dS are computed twice, and queries and gradients of
-outputs are gathered twice; in exchange no kernel adds to memory that another program may touch. At the sizes named in
-`forward`: 32 GB and 3.9 TFLOP, by arithmetic 6.7 ms on an H200 (`docs/gpu-roofline.md`).
+Speed. Bound by memory. No kernel adds to memory that another program may touch. The price of that, for blocks of more
+than `key_size` keys: seven products instead of five, for P and dS are computed twice, and queries and gradients of
+outputs are gathered twice. At the sizes named in `forward`: 35 GB and 3.9 TFLOP, by arithmetic 7.2 ms on an H200
+(`docs/gpu-roofline.md`), of which doing things twice costs 2.1 ms. A `key_size` of 128 saves that; at head_dim 128 its
+accumulators leave room, without spills, for tiles of 32 pairs, or of 64 with one stage, and for one program a
+multiprocessor, which may be too few to hide the gathering. Which is faster is for the tuner to find.
 """
 
 import functools
@@ -51,6 +56,7 @@ from pallas_kernels.gpu.tiles import (
     LOG2_E,
     NN,
     NT,
+    TN,
     ceil_div,
     check_supported,
     divide,
@@ -127,10 +133,9 @@ def attend_backward(
     def differentiate_chunk(chunk: Chunk, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_query, d_key, d_value = gradients
         operands = (*numbers, *rows, *keys)
-        d_query = _add_up(
-            chunk, _differentiate_pairs(chunk, operands, plan, config, interpret), d_query, plan, config, interpret
-        )
-        return d_query, *_differentiate_keys(chunk, operands, (d_key, d_value), plan, config, interpret)
+        d_key, d_value, *partial = _differentiate_keys(chunk, operands, (d_key, d_value), plan, config, interpret)
+        d_pairs = partial[0] if partial else _differentiate_pairs(chunk, operands, plan, config, interpret)
+        return _add_up(chunk, d_pairs, d_query, plan, config, interpret), d_key, d_value
 
     sums = key.dtype if plan.row_chunks == 1 else jnp.float32
     empty = (
@@ -247,11 +252,18 @@ def _differentiate_keys(
     plan: Plan,
     config: TritonConfig,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """dK and dV `[batch * keys * kv_heads, head_dim]` with what the chunk adds to them, in place."""
+) -> list[jax.Array]:
+    """dK and dV `[batch * keys * kv_heads, head_dim]` with what the chunk adds to them, in place.
+
+    Where a program has a whole block, also what `_differentiate_pairs` gives.
+    """
     schedule = chunk.schedule
     key_size = plan.key_size(config)
     stretches = ceil_div(plan.block_size, key_size)
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in gradients]
+    if stretches == 1:
+        pairs = plan.chunk_heads * plan.chunk_pairs, plan.head_dim
+        results.append(jax.ShapeDtypeStruct(pairs, operands[3].dtype))
 
     def bounds(block: jax.Array, num_tiles: jax.Array) -> jax.Array:  # [tiles], scalar -> [blocks + 1]
         block = jnp.where(jnp.arange(block.size) < num_tiles, block, plan.num_blocks)
@@ -260,7 +272,7 @@ def _differentiate_keys(
     first_operand = 3 + len(operands)
     return pl.pallas_call(
         functools.partial(_keys_kernel, plan=plan, key_size=key_size, stretches=stretches),
-        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in gradients],
+        out_shape=results,
         grid=(plan.num_blocks * stretches, plan.chunk_heads),
         input_output_aliases={first_operand: 0, first_operand + 1: 1},
         compiler_params=plgpu.CompilerParams(num_warps=config.attend_warps, num_stages=config.num_stages),
@@ -292,7 +304,7 @@ def _keys_kernel(
     d_value_before_ref: Any,
     d_key_ref: Any,  # [batch * keys * kv_heads, head_dim]
     d_value_ref: Any,  # [batch * keys * kv_heads, head_dim]
-    *,
+    *d_query_refs: Any,  # [chunk_heads * chunk_pairs, head_dim], if the stretch is the whole block
     plan: Plan,
     key_size: int,
     stretches: int,
@@ -320,7 +332,10 @@ def _keys_kernel(
             is_seen = keys.place[:, None] < pairs.key_stop[None, :]
             probability = jnp.where(is_seen, jnp.exp2(logits - log2_sum[None, :]), 0)
             d_logits = probability * (product(value, d_output, NT) - delta[None, :]) * plan.scale
-            d_key += product(d_logits.astype(query.dtype), query, NN)
+            d_logits = d_logits.astype(query.dtype)
+            for ref in d_query_refs:
+                store_rows(ref, pairs.place, is_real, product(d_logits, key, TN))
+            d_key += product(d_logits, query, NN)
             return d_key, d_value + product(probability.astype(query.dtype), d_output, NN)
 
         before = tuple(

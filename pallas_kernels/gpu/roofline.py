@@ -97,15 +97,22 @@ def forward_stages(problem: Problem) -> tuple[Stage, ...]:
 
 
 def backward_stages(problem: Problem) -> tuple[Stage, ...]:
-    """Delta, schedule, dQ of pairs, its sum, and dK with dV."""
+    """Delta, schedule, dK with dV, dQ of pairs and its sum."""
     p, row = problem, 2 * problem.head_dim
     products = 2 * p.slots(TRITON.backward_tile_size) * p.block_size * p.head_dim
+    keys: tuple[Stage, ...]
+    if p.block_size <= TRITON.key_size:  # one kernel has all
+        keys = (Stage("d_key, d_value, d_query", p.pairs * (3 * row + 16) + 8 * p.array_bytes, tensor=5 * products),)
+    else:
+        keys = (
+            Stage("d_key, d_value", p.pairs * (2 * row + 16) + 8 * p.array_bytes, tensor=4 * products),
+            Stage("d_query of pairs", p.pairs * (3 * row + 16) + 2 * p.array_bytes, tensor=3 * products),
+        )
     return (
         Stage("delta", 2 * p.array_bytes + 4 * p.rows),
         Stage("schedule", p.pairs * _SCHEDULE_BYTES),
-        Stage("d_query of pairs", p.pairs * (3 * row + 16) + 2 * p.array_bytes, tensor=3 * products),
+        *keys,
         Stage("sum", p.pairs * (row + 4) + p.array_bytes),
-        Stage("d_key, d_value", p.pairs * (2 * row + 16) + 8 * p.array_bytes, tensor=4 * products),
     )
 
 

@@ -22,6 +22,7 @@ LARGEST_HEAD_DIM = 256
 
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
+TN = (((0,), (0,)), ((), ()))  # a^T b
 
 
 def check_supported(query: jax.Array) -> None:

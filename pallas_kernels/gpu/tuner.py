@@ -23,7 +23,7 @@ Calls = Callable[[Problem, TritonConfig], dict[str, Callable[..., Any]]]
 GRID: Grid = (
     ("route", {"route_queries": (64, 128), "route_blocks": (32, 64, 128), "route_warps": (4, 8)}),
     ("forward", {"tile_size": (64, 128), "key_size": (32, 64, 128), "attend_warps": (4, 8), "num_stages": (2, 3)}),
-    ("forward_backward", {"backward_tile_size": (32, 64, 128)}),
+    ("forward_backward", {"key_size": (64, 128), "backward_tile_size": (32, 64, 128)}),
 )
 _CHECKED_TOKENS = 2048
 
