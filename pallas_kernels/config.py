@@ -8,28 +8,31 @@ class KeyMajorConfig:
     """Sizes of the key-major TPU kernels.
 
     Attributes:
-      tile_size: pairs of a tile, all of one key block; what a block's last tile lacks is padding.
-      tiles_per_step: tiles that one step of the forward grid works through side by side, to hide each other's latency.
-      backward_tile_size: pairs of a tile, and of a grid step, in the backward pass.
+      tile_size: pairs of a tile, all of one key block; what a block's last tile lacks is padding. None: 128, or 64
+        where a chunk has few pairs for each block.
+      backward_tile_size: the same for the backward pass, whose grid takes a tile a step. None: 256, or 128.
+      slots_per_step: pairs that one step of the forward grid works through, several tiles side by side, to hide each
+        other's latency; fewer where on-chip memory demands it.
       chunk_bytes: on-chip memory for a chunk of queries with its accumulator. The larger the chunk, the more pairs of a
-        chunk share a key block and the fewer slots are padding. The default leaves room on a chip of 64 MiB (tpu7x).
+        chunk share a key block and the fewer slots are padding. None: what the chip has, less what a step needs.
       table_entries: most tiles of a chunk, whose numbers must fit the scalar memory.
     """
 
-    tile_size: int = 128
-    tiles_per_step: int = 8
-    backward_tile_size: int = 256
-    chunk_bytes: int = 48 << 20
+    tile_size: int | None = None
+    backward_tile_size: int | None = None
+    slots_per_step: int = 1024
+    chunk_bytes: int | None = None
     table_entries: int = 40000
 
     def __post_init__(self) -> None:
         for name in ("tile_size", "backward_tile_size"):
             size = getattr(self, name)
-            if size not in (32, 64) and (size < 128 or size % 128):
+            if size is not None and size not in (32, 64) and (size < 128 or size % 128):
                 raise ValueError(f"{name} must be 32, 64 or a multiple of 128, got {name}={size}")
-        for name in ("tiles_per_step", "chunk_bytes", "table_entries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}")
+        for name in ("slots_per_step", "chunk_bytes", "table_entries"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={size}")
 
 
 KEY_MAJOR = KeyMajorConfig()

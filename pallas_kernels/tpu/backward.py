@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu import key_work
+from pallas_kernels.tpu import chunks, key_work
 from pallas_kernels.tpu.cut_tiles import make_tiles
 from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, TN, Tiles
 
@@ -76,17 +76,20 @@ def attend_backward(
     cut = key_work.Cut.of(block_size, is_packed)
     num_rows = num_queries * num_heads // kv_heads
     lanes = key_work.round_up(head_dim, LANES)
-    num_words = 2 * key_work.words_of(head_dim, query.dtype) + 3
-    chunk_rows = key_work.chunk_rows(
+    parts = _parts(head_dim, query.dtype)
+    chunk = chunks.plan(
         num_rows,
-        bytes_per_row=key_work.row_bytes(num_words) + key_work.row_bytes(lanes),
+        row_bytes=4 * (LANES * parts + lanes),
+        slot_bytes=4 * (2 * LANES * parts + 8 * cut.stretch_size + 4 * lanes),
+        tile_bytes=12 * 4 * cut.stretch_size * lanes,
         pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
         num_pieces=block_start.shape[1] * cut.pieces_per_block,
-        tile_size=config.backward_tile_size,
+        tile_sizes=(256, 128) if config.backward_tile_size is None else (config.backward_tile_size,),
+        slots_per_step=1,
         config=config,
     )
     split = functools.partial(
-        key_work.split_heads, kv_heads=kv_heads, num_chunks=-(-num_rows // chunk_rows), chunk_rows=chunk_rows
+        key_work.split_heads, kv_heads=kv_heads, num_chunks=-(-num_rows // chunk.rows), chunk_rows=chunk.rows
     )
     reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
@@ -96,11 +99,11 @@ def attend_backward(
         key, value, block_start, block_length, *chunks = arrays
 
         def differentiate_chunk(
-            sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+            sums: tuple[jax.Array, jax.Array], arrays: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            indices, *row = chunk  # [chunk_rows, x]
+            indices, *row = arrays  # [chunk_rows, x]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
-            tiles = make_tiles(ids, pieces, tile_size=config.backward_tile_size, tiles_per_step=1, interpret=interpret)
+            tiles = make_tiles(ids, pieces, tile_size=chunk.tile_size, tiles_per_step=1, interpret=interpret)
             d_query, d_key, d_value = differentiate_tiles(
                 key_work.pack_rows(*row),
                 key,
@@ -110,10 +113,10 @@ def attend_backward(
                 head_dim=head_dim,
                 is_aligned=cut.is_aligned,
                 scale=scale,
-                config=config,
+                vmem_bytes=chunk.vmem_bytes,
                 interpret=interpret,
             )
-            d_query = d_query[:chunk_rows].reshape(chunk_rows, lanes)[:, :head_dim]
+            d_query = d_query.reshape(-1, lanes)[: chunk.rows, :head_dim]
             return (d_key, d_value), d_query.astype(query.dtype)
 
         empty = jnp.zeros((*key.shape[:2], head_dim), jnp.float32)
@@ -152,13 +155,13 @@ def differentiate_tiles(
     head_dim: int,
     is_aligned: bool,
     scale: float,
-    config: KeyMajorConfig,
+    vmem_bytes: int,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One chunk: dQ of its rows, and dK and dV with the chunk's share added.
 
     Args:
-      rows: uint32 `[chunk_rows + 8, parts, 128]`, from `key_work.pack_rows`: query, d_output, key_stop,
+      rows: uint32 `[(chunk_rows + 8) * parts, 128]`, from `key_work.pack_rows`: query, d_output, key_stop,
         log_sum_exp * log2(e), delta.
       key: `[stretches, stretch_size, lanes]`, zeros behind head_dim.
       value: `[stretches, stretch_size, head_dim]`.
@@ -167,21 +170,22 @@ def differentiate_tiles(
       tiles: of the chunk, one a step.
       head_dim: of the queries.
       is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
+      vmem_bytes: on-chip memory that the kernel may take.
 
     Returns:
-      dQ, float32 `[chunk_rows + 8, lanes / 128, 128]`; dK and dV, like d_key.
+      dQ, float32 `[(chunk_rows + 8) * lanes / 128, 128]`; dK and dV, like d_key.
     """
     tile_size = tiles.row.shape[2]
-    d_query_shape = (rows.shape[0], key.shape[2] // LANES, LANES)
+    parts, sum_parts = _parts(head_dim, key.dtype), key.shape[2] // LANES
+    d_query_shape = rows.shape[0] // parts * sum_parts, LANES
+    numbers = pl.BlockSpec((1, 1, tile_size), lambda step, *_: (step, 0, 0), memory_space=pltpu.SMEM)
 
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda step, *_: (0, 0, 0), pipeline_mode=pl.Buffered(1))
+        return pl.BlockSpec(shape, lambda step, *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
     def stretch(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((1, *array.shape[1:]), lambda step, stretch, *_: (stretch[step], 0, 0))
 
-    stretch_bytes = 2 * 6 * 4 * key.shape[1] * key.shape[2]
-    step_bytes = tile_size * 4 * (2 * rows.shape[1] * LANES + 8 * key.shape[1] + 4 * key.shape[2])
     return pl.pallas_call(
         functools.partial(_kernel, size=_Size(tile_size, head_dim, key.shape[1], is_aligned, scale)),
         out_shape=(
@@ -193,7 +197,8 @@ def differentiate_tiles(
             num_scalar_prefetch=3,
             grid=(tiles.num_steps,),
             in_specs=[
-                pl.BlockSpec((1, 1, tile_size), lambda step, *_: (step, 0, 0), memory_space=pltpu.SMEM),
+                numbers,
+                numbers,
                 whole(rows.shape),
                 stretch(key),
                 stretch(value),
@@ -202,19 +207,28 @@ def differentiate_tiles(
             ],
             out_specs=(whole(d_query_shape), stretch(d_key), stretch(d_value)),
             scratch_shapes=[
-                pltpu.VMEM((tile_size * rows.shape[1], LANES), jnp.uint32),
-                pltpu.VMEM((tile_size * d_query_shape[1], LANES), jnp.float32),
+                pltpu.VMEM((tile_size * parts, LANES), jnp.uint32),
+                pltpu.VMEM((tile_size * sum_parts, LANES), jnp.float32),
             ],
         ),
-        input_output_aliases={7: 1, 8: 2},
+        input_output_aliases={8: 1, 9: 2},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=config.chunk_bytes + (4 << 20) + stretch_bytes + step_bytes,
+            vmem_limit_bytes=vmem_bytes,
             disable_bounds_checks=True,  # the interpreter checks them in the tests
         ),
         name="attend_backward",
         interpret=interpret,
-    )(tiles.stretch, tiles.start, tiles.stop, tiles.row, rows, key, value, d_key, d_value)
+    )(
+        *(tiles.stretch, tiles.start, tiles.stop),
+        *(tiles.row * sum_parts, tiles.row * parts),
+        *(rows, key, value, d_key, d_value),
+    )
+
+
+def _parts(head_dim: int, dtype: Any) -> int:
+    """Parts of a row: query, gradient of the output, and three numbers."""
+    return key_work.parts_of(2 * key_work.words_of(head_dim, dtype) + 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,13 +246,14 @@ def _kernel(
     stretch_ref: Any,  # SMEM [tiles]
     start_ref: Any,  # SMEM [tiles]
     stop_ref: Any,  # SMEM [tiles]
-    row_ref: Any,  # SMEM [1, 1, pairs]
-    rows_ref: Any,  # [chunk_rows + 8, parts, 128]
+    sum_ref: Any,  # SMEM [1, 1, pairs]: first part of each slot's row of dQ
+    row_ref: Any,  # SMEM [1, 1, pairs]: that of the rows
+    rows_ref: Any,  # [(chunk_rows + 8) * parts, 128]
     key_ref: Any,  # [1, stretch_size, lanes]
     value_ref: Any,  # [1, stretch_size, head_dim]
     old_d_key_ref: Any,  # [1, stretch_size, head_dim]
     old_d_value_ref: Any,
-    d_query_ref: Any,  # [chunk_rows + 8, lanes / 128, 128]
+    d_query_ref: Any,  # [(chunk_rows + 8) * lanes / 128, 128]
     d_key_ref: Any,
     d_value_ref: Any,
     fetched_ref: Any,  # [pairs * parts, 128]
@@ -248,10 +263,11 @@ def _kernel(
 ) -> None:
     tile = pl.program_id(0)
     stretch, dtype = stretch_ref[tile], key_ref.dtype
+    sum_parts = key_ref.shape[2] // LANES
 
     @pl.when(tile == 0)
     def _() -> None:
-        key_work.fill_rows(d_query_ref, jnp.zeros(d_query_ref.shape[1:], jnp.float32))
+        key_work.fill_rows(d_query_ref, jnp.zeros((sum_parts, LANES), jnp.float32))
 
     @pl.when((tile == 0) | (stretch != stretch_ref[jnp.maximum(tile - 1, 0)]))
     def _() -> None:
@@ -259,7 +275,7 @@ def _kernel(
         d_value_ref[...] = old_d_value_ref[...]
 
     key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
-    rows = key_work.read_rows(fetched_ref, 0, size.tile_size, rows_ref.shape[1])
+    rows = key_work.read_rows(fetched_ref, 0, size.tile_size, _parts(size.head_dim, dtype))
     num_words = key_work.words_of(size.head_dim, dtype)
     query = key_work.from_words(rows, 0, size.head_dim, dtype)  # [pairs, head_dim]
     d_output = key_work.from_words(rows, num_words, size.head_dim, dtype)
@@ -278,5 +294,5 @@ def _kernel(
     d_logits = jnp.where(is_seen, probability * (d_probability - delta) * size.scale, 0.0).astype(dtype)
     d_value_ref[0] += key_work.product(probability.astype(dtype), d_output, TN)
     d_key_ref[0] += key_work.product(d_logits, query, TN)
-    key_work.write_rows(result_ref, 0, key_work.product(d_logits, key, NN), d_query_ref.shape[1])
-    key_work.add_rows(row_ref, result_ref, d_query_ref)
+    key_work.write_rows(result_ref, 0, key_work.product(d_logits, key, NN), sum_parts)
+    key_work.add_rows(sum_ref, result_ref, d_query_ref)

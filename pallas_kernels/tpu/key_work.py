@@ -1,9 +1,11 @@
 """What the key-major kernels share: rows of queries as they lie on chip, pieces of key blocks, chunks and their tiles.
 
 Rows. A chunk's queries are rows that the kernels fetch by number, one at a time, and a row on chip is a whole number of
-128 words of 32 bits: only such rows can be addressed singly. float32 takes a word an element; two bfloat16 share a
-word, elements e and e + head_dim / 2. What else a kernel needs to know about a query (how far it sees, statistics of
-its softmax) follows in the words behind, so that one fetch brings all.
+*parts*, 128 words of 32 bits: only such rows can be addressed singly. float32 takes a word an element; two bfloat16
+share a word, elements e and e + head_dim / 2. What else a kernel needs to know about a query (how far it sees,
+statistics of its softmax) follows in the words behind, so that one fetch brings all. The rows of an array lie part
+under part, `[rows * parts, 128]`, and kernels are told the first part of a row instead of its number: the scalar unit,
+which bounds them, then has nothing to multiply.
 
 Pieces. Keys lie in HBM in stretches: block_size keys, rounded up to 16. Where blocks are as long as stretches and start
 where they do, block and stretch are one. Packed sequences start blocks anywhere; such a block is cut where a stretch
@@ -18,8 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
-from pallas_kernels.config import KeyMajorConfig
 
 LANES = 128
 LOG2_E = 1.4426950408889634
@@ -100,9 +100,9 @@ def words_of(head_dim: int, dtype: Any) -> int:
     return head_dim if dtype == jnp.float32 else head_dim // 2
 
 
-def row_bytes(num_words: int) -> int:
-    """On-chip bytes of a row: whole lanes, and their number rounded up to a power of two."""
-    return 4 * LANES * (1 << (-(-num_words // LANES) - 1).bit_length())
+def parts_of(num_words: int) -> int:
+    """Parts of a row of so many words."""
+    return -(-num_words // LANES)
 
 
 def to_words(array: jax.Array) -> jax.Array:
@@ -121,14 +121,14 @@ def pack_rows(*parts: jax.Array) -> jax.Array:
       parts: `[chunk_rows, x]` each, float32, bfloat16 or int32.
 
     Returns:
-      uint32 `[chunk_rows + 8, lanes / 128, 128]`, zero where there is nothing.
+      uint32 `[(chunk_rows + 8) * parts, 128]`, zero where there is nothing.
     """
     words = [
         lax.bitcast_convert_type(part, jnp.uint32) if part.dtype == jnp.int32 else to_words(part) for part in parts
     ]
     row = jnp.concatenate(words, axis=-1)
     row = jnp.pad(row, ((0, SPARE_ROWS), (0, -row.shape[-1] % LANES)))
-    return row.reshape(row.shape[0], -1, LANES)
+    return row.reshape(-1, LANES)
 
 
 def read_rows(ref: Any, first: int, num_rows: int, parts: int) -> jax.Array:
@@ -185,68 +185,74 @@ def clear_outside(array: jax.Array, start: Any, stop: Any, stretch: Any) -> jax.
     return jnp.where((place >= start) & (place < stop), array, 0)
 
 
-def fill_rows(ref: Any, row: jax.Array) -> None:
-    """In a kernel: sets all rows of `[rows, parts, 128]`, a multiple of 8 of them, to `[parts, 128]`."""
-    rows = jnp.broadcast_to(row[None], (8, *row.shape))
+def fill_rows(ref: Any, value: jax.Array) -> None:
+    """In a kernel: sets all rows of `[rows * parts, 128]`, a multiple of 8 of them, to `[parts, 128]`."""
+    size = ROWS_AT_ONCE * value.shape[0]
+    rows = jnp.concatenate([value] * ROWS_AT_ONCE, axis=0)
 
     def fill(batch: Any, carry: None) -> None:
-        ref[pl.ds(pl.multiple_of(batch * 8, 8), 8)] = rows
+        ref[pl.ds(pl.multiple_of(batch * size, size), size), :] = rows
         return carry
 
-    lax.fori_loop(0, ref.shape[0] // 8, fill, None)
+    lax.fori_loop(0, ref.shape[0] // size, fill, None)
 
 
-def fetch_rows(row_ref: Any, rows_ref: Any, fetched_ref: Any) -> None:
-    """In a kernel: copies rows by number.
+def fetch_rows(part_ref: Any, rows_ref: Any, fetched_ref: Any) -> None:
+    """In a kernel: copies rows.
 
     The slots of a tile stand in a straight line of code: a number at a fixed place needs no address to be computed.
 
     Args:
-      row_ref: SMEM `[1, tiles, tile_size]`, numbers of rows.
-      rows_ref: `[rows, parts, 128]`, from which to copy.
+      part_ref: SMEM `[1, tiles, tile_size]`, first parts of rows.
+      rows_ref: `[rows * parts, 128]`, from which to copy.
       fetched_ref: `[tiles * tile_size * parts, 128]`, the copies.
     """
-    _, num_tiles, tile_size = row_ref.shape
+    _, num_tiles, tile_size = part_ref.shape
 
     def fetch(tile: Any, carry: None) -> None:
         for slot in range(tile_size):
-            _fetch_row(row_ref, rows_ref, fetched_ref, tile, slot)
+            _fetch_row(part_ref, rows_ref, fetched_ref, tile, slot)
         return carry
 
     lax.fori_loop(0, num_tiles, fetch, None)
 
 
-def _fetch_row(row_ref: Any, rows_ref: Any, fetched_ref: Any, tile: Any, slot: int) -> None:
-    parts, tile_size = rows_ref.shape[1], row_ref.shape[2]
-    first = pl.multiple_of(tile * tile_size * parts, tile_size * parts)
-    fetched_ref[pl.ds(first + slot * parts, parts), :] = rows_ref[row_ref[0, tile, slot]]
+def _fetch_row(part_ref: Any, rows_ref: Any, fetched_ref: Any, tile: Any, slot: int) -> None:
+    place = _place(part_ref, fetched_ref, tile, slot)
+    fetched_ref[place, :] = rows_ref[pl.ds(part_ref[0, tile, slot], place.size), :]
 
 
-def add_rows(row_ref: Any, result_ref: Any, rows_ref: Any, fetch: tuple[Any, Any, Any] | None = None) -> None:
-    """In a kernel: adds rows by number, the other way of `fetch_rows`.
+def _place(part_ref: Any, ref: Any, tile: Any, slot: int) -> Any:
+    """The parts of a slot in `[tiles * tile_size * parts, 128]`."""
+    _, num_tiles, tile_size = part_ref.shape
+    parts = ref.shape[0] // (num_tiles * tile_size)
+    return pl.ds(pl.multiple_of(tile * tile_size * parts, tile_size * parts) + slot * parts, parts)
+
+
+def add_rows(part_ref: Any, result_ref: Any, rows_ref: Any, fetch: tuple[Any, Any, Any] | None = None) -> None:
+    """In a kernel: adds to rows, the other way of `fetch_rows`.
 
     The rows of a tile must differ: a batch of them is loaded before any is stored. Two slots may both point to the row
     of padding, where sums get lost and may be.
 
     Args:
-      row_ref: SMEM `[1, tiles, tile_size]`, numbers of rows.
+      part_ref: SMEM `[1, tiles, tile_size]`, first parts of rows.
       result_ref: `[tiles * tile_size * parts, 128]`, what to add.
-      rows_ref: `[rows, parts, 128]`, to which.
+      rows_ref: `[rows * parts, 128]`, to which.
       fetch: arguments of `fetch_rows`, for as many rows, to be done on the way: while an addition waits for its loads,
         there is room for the loads and stores of a copy.
     """
-    parts = rows_ref.shape[1]
-    _, num_tiles, tile_size = row_ref.shape
+    _, num_tiles, tile_size = part_ref.shape
 
     def add(tile: Any, carry: None) -> None:
-        first = pl.multiple_of(tile * tile_size * parts, tile_size * parts)
         for batch in range(0, tile_size, ROWS_AT_ONCE):
             slots = range(batch, batch + ROWS_AT_ONCE)
-            rows = [row_ref[0, tile, slot] for slot in slots]
-            results = [result_ref[pl.ds(first + slot * parts, parts), :] for slot in slots]
-            sums = [rows_ref[row] + result for row, result in zip(rows, results, strict=True)]
+            places = [_place(part_ref, result_ref, tile, slot) for slot in slots]
+            rows = [pl.ds(part_ref[0, tile, slot], place.size) for slot, place in zip(slots, places, strict=True)]
+            results = [result_ref[place, :] for place in places]
+            sums = [rows_ref[row, :] + result for row, result in zip(rows, results, strict=True)]
             for slot, row, new in zip(slots, rows, sums, strict=True):
-                rows_ref[row] = new
+                rows_ref[row, :] = new
                 if fetch is not None:
                     _fetch_row(*fetch, tile, slot)
         return carry
@@ -312,20 +318,3 @@ def make_pieces(
     first = jnp.where(indices < 0, -1, 2 * indices)
     second = jnp.where((indices < 0) | ~is_cut, -1, 2 * indices + 1)
     return jnp.concatenate([first, second], axis=1), pieces
-
-
-def chunk_rows(
-    num_rows: int, *, bytes_per_row: int, pairs_per_row: int, num_pieces: int, tile_size: int, config: KeyMajorConfig
-) -> int:
-    """How many rows a chunk has: as many as memory and tables allow, and chunks about equally long."""
-    rows = config.chunk_bytes // bytes_per_row - SPARE_ROWS
-    entries = config.table_entries
-    if num_pieces <= entries // 2:  # tiles <= pairs / tile_size + pieces
-        rows = min(rows, (entries - num_pieces) * tile_size // pairs_per_row)
-    else:  # tiles <= pairs / tile_size + pairs
-        rows = min(rows, entries * tile_size // ((tile_size + 1) * pairs_per_row))
-    if rows < 8:
-        raise NotImplementedError(
-            f"the TPU kernels keep the tiles of at least 8 queries in scalar memory, got {pairs_per_row} pairs a query"
-        )
-    return round_up(-(-num_rows // -(-num_rows // (rows // 8 * 8))), 8)

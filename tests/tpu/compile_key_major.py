@@ -18,7 +18,7 @@ from pallas_kernels.tpu.backward import attend_backward
 from pallas_kernels.tpu.forward import attend_forward
 
 CHIPS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
-SMALL = KeyMajorConfig(tile_size=32, tiles_per_step=2, backward_tile_size=32)
+SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32)
 # dtype, head_dim, block_size, is_packed, config
 DEFAULT_SIZES = ("bfloat16", 128, 128, False, KEY_MAJOR)
 VARIANTS = (

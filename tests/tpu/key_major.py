@@ -10,7 +10,7 @@ from tests import cases, oracle
 from tests.cases import Case
 
 # Several chunks of 64 rows or fewer, several tiles a chunk, several tiles a step.
-SMALL = KeyMajorConfig(tile_size=32, tiles_per_step=2, backward_tile_size=32, chunk_bytes=72 * 1536)
+SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32, chunk_bytes=72 * 1024)
 
 CASES = (
     Case("packed", batch=2, queries=30, keys=41, heads=4, head_dim=64, block_size=16, top_k=3, sequences="mixed"),
