@@ -1,5 +1,6 @@
 """The calls that are checked, tuned and measured on a device: inputs of a problem, the kernels, what they must give."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -132,6 +133,7 @@ def dense_calls() -> dict[str, Callable[..., Any]]:
     }
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def right_results(problem: Problem, arrays: Arrays) -> dict[str, Any]:
     """What "route", "forward" and "forward_backward" must give: by XLA in float32, with all logits in memory at once.
 
