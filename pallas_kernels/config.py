@@ -97,12 +97,12 @@ class MosaicConfig:
     """Sizes of the Mosaic GPU kernels, for Hopper. None has been tuned, and the kernels have not run on a GPU yet.
 
     Attributes:
-      query_slots: tiles of queries in shared memory, at least two: one is loaded while another is worked on.
+      query_slots: tiles of queries in shared memory, forward, at least two: one is loaded while another is worked on.
       key_slots: blocks of keys and values in shared memory, forward, at least two.
       gather_in_kernel: whether the kernels gather the rows of a tile themselves; else XLA does so before, into one more
         array of chunk size (for packed rows: of up to a tile a key).
-      compute_registers: registers of a thread that computes, of which there are 256.
-      memory_registers: registers of a thread that moves data, of which there are 128.
+      compute_registers: registers of a thread that computes, of which there are 256, forward.
+      memory_registers: registers of a thread that moves data, of which there are 128, forward.
       num_programs: multiprocessors of the GPU, each of which runs one program.
       chunk_bytes: as in `TritonConfig`.
     """

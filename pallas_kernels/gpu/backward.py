@@ -47,6 +47,7 @@ from pallas_kernels.gpu.chunks import (
     Plan,
     find_block,
     find_keys,
+    find_tiles,
     for_chunks,
     load_pairs,
     make_plan,
@@ -135,7 +136,7 @@ def attend_backward(
         operands = (*numbers, *rows, *keys)
         d_key, d_value, *partial = _differentiate_keys(chunk, operands, (d_key, d_value), plan, config, interpret)
         d_pairs = partial[0] if partial else _differentiate_pairs(chunk, operands, plan, config, interpret)
-        return _add_up(chunk, d_pairs, d_query, plan, config, interpret), d_key, d_value
+        return add_up(chunk, d_pairs, d_query, plan, config, interpret), d_key, d_value
 
     sums = key.dtype if plan.row_chunks == 1 else jnp.float32
     empty = (
@@ -209,7 +210,7 @@ def _pairs_kernel(
         store_rows(d_query_ref, pairs.place, is_real, loop(0, ceil_div(num_keys, key_size), add, empty))
 
 
-def _add_up(
+def add_up(
     chunk: Chunk, partial: jax.Array, d_query: jax.Array, plan: Plan, config: TritonConfig, interpret: bool
 ) -> jax.Array:
     """dQ `[batch * queries * heads, head_dim]` with the rows of the chunk written in place."""
@@ -265,10 +266,6 @@ def _differentiate_keys(
         pairs = plan.chunk_heads * plan.chunk_pairs, plan.head_dim
         results.append(jax.ShapeDtypeStruct(pairs, operands[3].dtype))
 
-    def bounds(block: jax.Array, num_tiles: jax.Array) -> jax.Array:  # [tiles], scalar -> [blocks + 1]
-        block = jnp.where(jnp.arange(block.size) < num_tiles, block, plan.num_blocks)
-        return jnp.searchsorted(block, jnp.arange(plan.num_blocks + 1)).astype(jnp.int32)
-
     first_operand = 3 + len(operands)
     return pl.pallas_call(
         functools.partial(_keys_kernel, plan=plan, key_size=key_size, stretches=stretches),
@@ -280,7 +277,7 @@ def _differentiate_keys(
         interpret=interpret,
     )(
         chunk.origin,
-        jax.vmap(bounds)(schedule.block, schedule.num_tiles),
+        find_tiles(schedule, plan.num_blocks),
         schedule.pair,
         *operands,
         *gradients,

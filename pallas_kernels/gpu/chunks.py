@@ -162,6 +162,16 @@ def for_chunks(plan: Plan, indices: jax.Array, tile_size: int, body: Callable[[C
     return loop(0, num_chunks, step, carry)
 
 
+def find_tiles(schedule: Schedule, num_blocks: int) -> jax.Array:
+    """Number of the first tile of each block among those of its head, and one past the last: `[heads, blocks + 1]`."""
+
+    def find(block: jax.Array, num_tiles: jax.Array) -> jax.Array:  # [tiles], scalar -> [blocks + 1]
+        block = jnp.where(jnp.arange(block.size) < num_tiles, block, num_blocks)
+        return jnp.searchsorted(block, jnp.arange(num_blocks + 1)).astype(jnp.int32)
+
+    return jax.vmap(find)(schedule.block, schedule.num_tiles)
+
+
 class Rows(NamedTuple):
     """Some rows of a chunk, in a kernel; each int32 `[n]` but for is_real.
 

@@ -26,7 +26,6 @@ Unmeasured; to compare on a GPU: both ways to gather, and how long the lists of 
 """
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -54,6 +53,7 @@ from pallas_kernels.gpu.mosaic_tiles import (
     product,
     ranks,
     share_out,
+    warn_unverified,
     write_numbers,
     write_rows,
 )
@@ -94,9 +94,7 @@ def attend_forward(
     del is_packed
     check_supported(query)
     if not interpret:
-        warnings.warn(
-            "the Mosaic GPU kernels are compiled and interpreted in tests but have not run on a GPU yet", stacklevel=2
-        )
+        warn_unverified()
     shape = query.shape
     query, key, value = (pad_head_dim(array) for array in (query, key, value))
     blocks = cut_blocks(indices, block_start, block_length, key_stop, block_size)
@@ -247,7 +245,7 @@ def _kernel(
             tile[...] = (output * lax.broadcast_in_dim(1 / total, output.shape, [0])).astype(tile.dtype)
             sums[slot, mine] = largest + jnp.log2(total)
             plgpu.commit_smem()
-            write_rows(tile, places.at[slot, mine], output_ref)
+            write_rows(tile, places.at[slot, mine], output_ref, jnp.int32(0))
             write_numbers(sums.at[slot, mine], places.at[slot, mine], sum_ref)
             plgpu.commit_smem()
             plgpu.barrier_arrive(is_free.at[slot])

@@ -11,6 +11,7 @@ Products, layouts in registers and lane code stand behind the functions from `pr
 that know them.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -49,6 +50,13 @@ def check_supported(query: jax.Array) -> None:
             f"the Mosaic GPU kernels take head_dim up to {LARGEST_HEAD_DIM}, for the accumulators of the backward pass "
             f"must fit the registers, got head_dim={query.shape[-1]}"
         )
+
+
+def warn_unverified() -> None:
+    """Warns whoever calls the kernels on a GPU."""
+    warnings.warn(
+        "the Mosaic GPU kernels are compiled and interpreted in tests but have not run on a GPU yet", stacklevel=4
+    )
 
 
 def pad_head_dim(array: jax.Array) -> jax.Array:
@@ -188,6 +196,22 @@ def ranks(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
+def anew(number: jax.Array) -> jax.Array:
+    """The int32 scalar itself, and the compiler does not know it.
+
+    What is computed from it inside a loop, such as the addresses of tiles that stay where they are, is then computed
+    in every round: kept from round to round, the addresses of all products of the backward pass take 72 registers.
+    """
+
+    def hide(_: Any, number: Any) -> Any:
+        value = number.registers.item()
+        hidden: Any = llvm.inline_asm(value.type, [value], "mov.b32 $0, $1;", "=r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(hidden, (), is_signed=True)
+
+    scalar = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=plgpu.Layout.WG_SPLAT)
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=scalar)(hide)(number)
+
+
 def copy_listed_rows(source_ref: Any, row_ref: Any, first: jax.Array, target_ref: Any) -> None:
     """Starts to copy the rows `row_ref[first : first + rows]` of a source `[n, columns]`; zeros where it says -1.
 
@@ -244,31 +268,33 @@ def close_copies(in_flight: int) -> None:
     plgpu.commit_smem()
 
 
-def write_rows(source_ref: Any, place_ref: Any, target_ref: Any) -> None:
+def write_rows(source_ref: Any, place_ref: Any, target_ref: Any, first_column: jax.Array) -> None:
     """Writes the rows of a tile to the places listed for them, but those with a negative place.
 
     Args:
       source_ref: `[rows, columns]`, `SWIZZLED` in shared memory, committed.
       place_ref: int32 `[rows]`, in shared memory.
-      target_ref: `[n, columns]`, in global memory.
+      target_ref: `[n, width]`, in global memory.
+      first_column: scalar, where the rows begin in those of target_ref.
     """
-    rows, columns = source_ref.shape
+    (rows, columns), width = source_ref.shape, target_ref.shape[1]
 
-    def lanes(_: Any, source: Any, place: Any, target: Any) -> None:
+    def lanes(_: Any, source: Any, place: Any, target: Any, first: Any) -> None:
+        before = arith.divui(first.registers.item(), _int(_PIECE // 2))  # pieces
         vector = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
         for piece in _pieces(rows, columns):
             number = _load_int(place, piece.row)
             with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.sge, number, _int(0))):
                 loaded = llvm.load(vector, _byte(source, piece.in_tile), alignment=_PIECE)
-                address = _byte(target, _in_array(number, columns, piece))
+                address = _byte(target, _in_array(number, width, arith.addi(before, piece.number)))
                 llvm.store(loaded, address, alignment=_PIECE)
 
-    types = (plgpu.RefType(SWIZZLED), plgpu.RefType(), plgpu.RefType())
-    plgpu.inline_mgpu(arg_types=types)(lanes)(source_ref, place_ref, target_ref)
+    types = (plgpu.RefType(SWIZZLED), plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
+    plgpu.inline_mgpu(arg_types=types)(lanes)(source_ref, place_ref, target_ref, first_column)
 
 
 def write_numbers(source_ref: Any, place_ref: Any, target_ref: Any) -> None:
-    """The same for numbers of 32 bits `[rows]`, at most as many as a warpgroup has threads."""
+    """As `write_rows`, for numbers of 32 bits `[rows]`, at most as many as a warpgroup has threads."""
     (rows,) = source_ref.shape
 
     def lanes(_: Any, source: Any, place: Any, target: Any) -> None:
@@ -333,16 +359,16 @@ def _copy_piece(source: Any, row: Any, columns: int, is_real: Any, target: Any, 
     pointer = llvm.PointerType.get(address_space=1)
     nvvm.cp_async_shared_global(
         _byte(target, piece.in_tile),
-        llvm.addrspacecast(pointer, _byte(source, _in_array(row, columns, piece))),
+        llvm.addrspacecast(pointer, _byte(source, _in_array(row, columns, piece.number))),
         _PIECE,
         nvvm.LoadCacheModifierKind.CG,
         cp_size=arith.select(is_real, _int(_PIECE), _int(0)),
     )
 
 
-def _in_array(row: Any, columns: int, piece: _Piece) -> Any:
-    """First byte of a piece of a row in an array `[n, columns]` of 16-bit numbers, int64."""
-    in_row = arith.muli(_long(piece.number), _long(_int(_PIECE)))
+def _in_array(row: Any, columns: int, piece: Any) -> Any:
+    """First byte of the piece of that number of a row in an array `[n, columns]` of 16-bit numbers, int64."""
+    in_row = arith.muli(_long(piece), _long(_int(_PIECE)))
     return arith.addi(arith.muli(_long(row), _long(_int(2 * columns))), in_row)
 
 

@@ -5,6 +5,8 @@ copies of rows are replaced by plain ones. What is left to a GPU to prove are th
 """
 
 import functools
+import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.config import MosaicConfig
-from pallas_kernels.gpu import mosaic_forward
+from pallas_kernels.gpu import mosaic_backward, mosaic_forward
 from sparse_attn import pallas
 from sparse_attn.attention import _prepare
 from tests import cases
@@ -50,6 +52,10 @@ def ranks(shape, axis):
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
+def anew(number):
+    return number
+
+
 def copy_listed_rows(source_ref, row_ref, first, target_ref):
     rows = row_ref[pl.ds(first, target_ref.shape[0])]
     copied = source_ref[...].at[jnp.maximum(rows, 0)].get()
@@ -67,14 +73,16 @@ def close_copies(in_flight):
     plgpu.commit_smem()
 
 
-def write_rows(source_ref, place_ref, target_ref):
+def write_rows(source_ref, place_ref, target_ref, *first_column):
+    columns = tuple(pl.ds(first, source_ref.shape[1]) for first in first_column)
+
     @pl.loop(0, source_ref.shape[0])
     def _(row):
         place = place_ref[row]
 
         @pl.when(place >= 0)
         def _():
-            target_ref[place] = source_ref[row]
+            target_ref[place, *columns] = source_ref[row]
 
 
 def write_block(source, target_ref, first, length):
@@ -89,6 +97,7 @@ STAND_INS = {
     "load_numbers": load_numbers,
     "zeros": zeros,
     "ranks": ranks,
+    "anew": anew,
     "copy_listed_rows": copy_listed_rows,
     "copy_block": copy_block,
     "close_copies": close_copies,
@@ -101,69 +110,53 @@ STAND_INS = {
 # Few programs, so that each has several tiles and blocks; little memory, so that heads have several chunks.
 SMALL = MosaicConfig(num_programs=2, chunk_bytes=20000)
 BY_XLA = MosaicConfig(num_programs=2, gather_in_kernel=False)
+ONE_PROGRAM = MosaicConfig(num_programs=1)
 
+# Between them: blocks cut in two, blocks of one and of two warpgroups, both widths of a row, both gathers.
 CASES = (
-    # Blocks cut in two.
-    Case(
-        "grouped_ragged",
-        batch=1,
-        queries=150,
-        keys=150,
-        heads=2,
-        kv_heads=1,
-        head_dim=20,
-        block_size=140,
-        top_k=2,
-        dtype="bfloat16",
-        scale=0.7,
-    ),
+    Case("grouped_ragged", 1, 150, 150, heads=2, kv_heads=1, head_dim=20, block_size=140, dtype="bfloat16", scale=0.7),
     Case("mixed_segments", queries=36, keys=45, heads=4, block_size=4, top_k=3, sequences="mixed", dtype="float16"),
-    Case(
-        "all_see_lengths",
-        batch=3,
-        queries=29,
-        keys=61,
-        block_size=7,
-        is_causal=False,
-        sequences="lengths",
-        dtype="bfloat16",
-    ),
-    Case("by_xla", batch=1, queries=40, keys=230, head_dim=80, block_size=100, top_k=2, dtype="float16"),
+    Case("by_xla", 3, 29, 150, head_dim=80, block_size=100, is_causal=False, sequences="lengths", dtype="float16"),
 )
+
+
+def attend(case, arrays, selection, sequences):
+    """Output and log-sum-exp from the kernels, and what pulls gradients back."""
+    names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
+    given = [sequences.get(name) for name in names]
+    options = {
+        "scale": case.head_dim**-0.5 if case.scale is None else case.scale,
+        "config": {"by_xla": BY_XLA, "mutant": ONE_PROGRAM}.get(case.name, SMALL),
+        "interpret": plgpu.InterpretGPUParams(detect_races=True),
+    }
+
+    def call(query, key, value):
+        query, (key, value), layout = _prepare(query, (key, value), case.block_size, case.is_causal, *given)
+        return pallas.attend(query, key, value, selection, layout, **options)
+
+    return jax.vjp(call, *(arrays[name] for name in ("query", "key", "value")))
+
+
+def replace_products_and_copies(patch, *modules):
+    for module in modules:
+        for name, stand_in in STAND_INS.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, stand_in)
 
 
 @functools.cache
 def actual(case):
-    """As `expected`, from the kernels, and whether a race was seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (mosaic_forward,):
-            for name, stand_in in STAND_INS.items():
-                if hasattr(module, name):
-                    patch.setattr(module, name, stand_in)
-        return run(case)
-
-
-def run(case):
-    arrays, sequences, selection = inputs(case)
-    names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
+    """As `expected`, from the kernels; a race is an error."""
 
     @jax.jit
     def call(arrays, selection, sequences):
-        given = [sequences.get(name) for name in names]
-        options = {
-            "scale": case.head_dim**-0.5 if case.scale is None else case.scale,
-            "config": BY_XLA if case.name == "by_xla" else SMALL,
-            "interpret": plgpu.InterpretGPUParams(detect_races=True),
-        }
+        results, pull_back = attend(case, arrays, selection, sequences)
+        return *results, pull_back((arrays["d_output"], arrays["d_log_sum_exp"]))
 
-        def attend(query, key, value):
-            query, (key, value), layout = _prepare(query, (key, value), case.block_size, case.is_causal, *given)
-            return pallas.attend(query, key, value, selection, layout, **options)
-
-        return attend(*(arrays[name] for name in ("query", "key", "value")))
-
-    results = jax.block_until_ready(call(arrays, selection, sequences))
-    return results, interpret_pallas_call.get_races().races_found
+    arrays, sequences, selection = inputs(case)
+    with pytest.MonkeyPatch.context() as patch:
+        replace_products_and_copies(patch, mosaic_forward, mosaic_backward)
+        return jax.block_until_ready(call(arrays, selection, sequences))
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -171,7 +164,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 @every_case
 def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
-    (output, log_sum_exp), _ = actual(case)
+    output, log_sum_exp, _ = actual(case)
     expected_output, expected_sum, _ = expected(case)
     assert output.dtype == cases.as_dtype(case.dtype)
     cases.assert_close(output, expected_output, case.dtype)
@@ -182,5 +175,40 @@ def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
 
 
 @every_case
-def test_no_race(case):
-    assert not actual(case)[1]
+def test_gradients_are_those_of_the_oracle(case):
+    _, _, gradients = actual(case)
+    _, expected_sum, expected_gradients = expected(case)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == cases.as_dtype(case.dtype)
+        assert gradient.shape == expected_gradient.shape
+        cases.assert_close(gradient, expected_gradient, case.dtype)
+    np.testing.assert_array_equal(np.asarray(gradients[0])[np.isneginf(expected_sum)], 0)
+
+
+def test_a_kernel_that_does_not_wait_for_a_free_slot_is_caught(monkeypatch):
+    wait = "place - begin >= config.query_slots"
+    source = inspect.getsource(mosaic_forward)
+    assert source.count(wait) == 1
+    mutant = types.ModuleType("mutant")
+    exec(source.replace(wait, "place < begin"), vars(mutant))
+    replace_products_and_copies(monkeypatch, mutant)
+    monkeypatch.setattr(mosaic_forward, "attend_forward", mutant.attend_forward)
+    # One block of about four tiles: with several blocks the wait for a free block would hide the lack.
+    case = Case("mutant", 1, 400, 8, kv_heads=1, top_k=1, is_causal=False, dtype="bfloat16")
+    arrays, sequences, selection = inputs(case)
+    try:
+        with pytest.raises(Exception, match="RACE DETECTED"):
+            jax.block_until_ready(attend(case, arrays, selection, sequences)[0])
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    number = jnp.zeros((1, 1), jnp.int32)
+    options = {"block_start": number, "block_length": number, "key_stop": number, "block_size": 16}
+    for dtype, head_dim, reason in (("float32", 64, "float32"), ("bfloat16", 129, "head_dim=129")):
+        array = jnp.zeros((1, 1, 1, head_dim), dtype)
+        with pytest.raises(NotImplementedError, match=reason):
+            mosaic_forward.attend_forward(
+                array, array, array, number[None, None], **options, is_packed=False, scale=1.0
+            )
