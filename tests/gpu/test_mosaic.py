@@ -6,6 +6,7 @@ copies of rows are replaced by plain ones. What is left to a GPU to prove are th
 
 import functools
 import inspect
+import operator
 import types
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.config import MosaicConfig
-from pallas_kernels.gpu import mosaic_backward, mosaic_forward
+from pallas_kernels.gpu import mosaic_backward, mosaic_forward, mosaic_tiles
 from sparse_attn import pallas
 from sparse_attn.attention import _prepare
 from tests import cases
@@ -212,3 +213,21 @@ def test_what_the_kernels_cannot_do_is_said():
             mosaic_forward.attend_forward(
                 array, array, array, number[None, None], **options, is_packed=False, scale=1.0
             )
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (32, 128), (128, 128)])
+def test_threads_move_every_piece_to_where_wgmma_reads_it(monkeypatch, rows, columns):
+    """The arithmetic of the lane code, done with integers, against a layout written down by bytes."""
+    integers = {"addi": "add", "muli": "mul", "divui": "floordiv", "remui": "mod", "xori": "xor"}
+    operations = types.SimpleNamespace(**{name: getattr(operator, function) for name, function in integers.items()})
+    monkeypatch.setattr(mosaic_tiles, "arith", operations)
+    monkeypatch.setattr(mosaic_tiles, "_int", int)
+    places = np.full((rows, columns * 2 // 16), -1)
+    for lane in range(128):
+        monkeypatch.setattr(mosaic_tiles, "_lane", lambda lane=lane: lane)
+        for piece in mosaic_tiles._pieces(rows, columns):
+            assert places[piece.row, piece.number] == -1
+            places[piece.row, piece.number] = piece.in_tile
+    boxes = np.arange(rows * columns * 2).reshape(rows // 8, columns // 64, 8, 128)  # of 8 rows of 128 bytes
+    unswizzled = boxes.transpose(0, 2, 1, 3).reshape(rows, columns * 2)[:, ::16]
+    np.testing.assert_array_equal(places, unswizzled ^ (unswizzled >> 7 & 7) << 4)  # the hardware's 128-byte mode
