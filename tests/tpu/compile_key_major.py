@@ -1,6 +1,7 @@
 """Compiles the key-major kernels for chips that are not here, and prints each program's kernels.
 
-`python -m tests.tpu.compile_key_major`; with the word `all`, every variant for every chip (some minutes).
+`python -m tests.tpu.compile_key_major`; with the word `all`, every variant for every chip, and the chunk that fills a
+chip of 128 MiB (some minutes).
 """
 
 import tests.tpu.libtpu_environment  # isort: skip  # noqa: F401
@@ -32,10 +33,17 @@ VARIANTS = (
     ("bfloat16", 224, 1024, False, SMALL),
 )
 TOKENS, HEADS, TOP_K = 1024, 2, 3
+LARGE = KeyMajorConfig(chunk_bytes=114 << 20)  # what `chunks` takes on a v5e or v6e at block 128
 
 
 def compile_kernels(
-    topology: str, dtype: str, head_dim: int, block_size: int, is_packed: bool, config: KeyMajorConfig
+    topology: str,
+    dtype: str,
+    head_dim: int,
+    block_size: int,
+    is_packed: bool,
+    config: KeyMajorConfig,
+    tokens: int = TOKENS,
 ) -> set[str]:
     """Names of the kernels in the program compiled for the topology."""
     sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
@@ -43,9 +51,9 @@ def compile_kernels(
     def array(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    query, key = (array(1, TOKENS, heads, head_dim, dtype=dtype) for heads in (HEADS, 1))
-    log_sum_exp = array(1, TOKENS, HEADS, dtype="float32")
-    block = array(1, TOKENS if is_packed else -(-TOKENS // block_size))
+    query, key = (array(1, tokens, heads, head_dim, dtype=dtype) for heads in (HEADS, 1))
+    log_sum_exp = array(1, tokens, HEADS, dtype="float32")
+    block = array(1, tokens if is_packed else -(-tokens // block_size))
     options = {"block_size": block_size, "is_packed": is_packed, "scale": 0.1, "config": config}
 
     def run(query, key, indices, log_sum_exp, block, key_stop):
@@ -54,7 +62,7 @@ def compile_kernels(
         forward = attend_forward(*inputs, **places, **options)
         return forward, attend_backward(*inputs, *forward, query, log_sum_exp, **places, **options)
 
-    program = jax.jit(run).lower(query, key, array(1, HEADS, TOKENS, TOP_K), log_sum_exp, block, array(1, TOKENS))
+    program = jax.jit(run).lower(query, key, array(1, HEADS, tokens, TOP_K), log_sum_exp, block, array(1, tokens))
     program.compile()
     return set(re.findall(r'kernel_name = "(\w+)"', program.as_text()))
 
@@ -63,3 +71,5 @@ if __name__ == "__main__":
     for number, chip in enumerate(CHIPS):
         for variant in (DEFAULT_SIZES, *(VARIANTS if sys.argv[1:] == ["all"] else VARIANTS[number : number + 1])):
             print(chip, *sorted(compile_kernels(chip, *variant)), flush=True)
+    for chip in ("v5e:1x1", "v6e:1x1") if sys.argv[1:] == ["all"] else ():
+        print(chip, *sorted(compile_kernels(chip, *DEFAULT_SIZES[:-1], LARGE, tokens=1 << 17)), flush=True)

@@ -52,16 +52,16 @@ def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named(on_tpu):
 @pytest.mark.timeout(120)
 def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
     random = np.random.default_rng(0)
-    query, d_output = random.standard_normal((2, 1, 24, 1, 64)).astype(np.float32)
-    key, value = random.standard_normal((2, 1, 32, 1, 64)).astype(np.float32)
+    query, d_output = random.standard_normal((2, 1, 200, 1, 64)).astype(np.float32)
+    key, value = random.standard_normal((2, 1, 256, 1, 64)).astype(np.float32)
     chosen = np.array([[[[True, False], [False, True]]]])
     visibility = make_visibility(query, key, is_causal=True)
 
     def attend(query, key, value):
-        return pallas.attend_tiles(query, key, value, chosen, visibility, 16, 16, 0.2, interpret)[0]
+        return pallas.attend_tiles(query, key, value, chosen, visibility, 128, 128, 0.2, interpret)[0]
 
     output, pull_back = jax.vjp(attend, query, key, value)
-    mask = chosen.repeat(16, 2).repeat(16, 3)[:, :, :24] & (np.arange(32) <= np.arange(24)[:, None] + 8)
+    mask = chosen.repeat(128, 2).repeat(128, 3)[:, :, :200] & (np.arange(256) <= np.arange(200)[:, None] + 56)
     want, want_gradients = oracle.attention(query, key, value, mask, scale=0.2, d_output=d_output)
     cases.assert_close(output, want, "float32")
     for actual, expected in zip(pull_back(d_output), want_gradients, strict=True):

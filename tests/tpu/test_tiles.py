@@ -43,10 +43,10 @@ class TileCase:
 
 
 CASES = (
-    TileCase("ragged_permuted", 44, 90, 16, 16, 4, 2, 4, 2, permuted=True, config=TileConfig(32, 32)),
-    TileCase("cut_tiles", 100, 200, 80, 48, 4, head_dim=96, config=TileConfig(32, 32)),
+    TileCase("ragged_permuted", 28, 58, 16, 16, 3, 1, 4, 2, permuted=True, config=TileConfig(32, 32)),
+    TileCase("cut_tiles", 60, 110, 48, 48, 2, head_dim=96, config=TileConfig(32, 32)),
     TileCase("bfloat16", 70, 130, 64, 32, 3, head_dim=128, dtype="bfloat16", config=TileConfig(64, 64)),
-    TileCase("one_large_step", 60, 62, 32, 32, 2, heads=1, head_dim=256),
+    TileCase("one_large_step", 100, 102, 64, 64, 2, batch=2, heads=1, head_dim=256),
 )
 
 
