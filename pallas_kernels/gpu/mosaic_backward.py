@@ -128,7 +128,7 @@ def attend_backward(
     arrays = tuple(x.reshape(-1, plan.head_dim) for x in (query, d_output.astype(query.dtype), key, value))
     numbers = log2_sum.reshape(-1), delta.reshape(-1)
     sizes = TRITON.for_rows(plan.columns, query.dtype.itemsize)
-    is_key = jnp.arange(plan.keys) < blocks.length.sum(1, keepdims=True)  # [batch, keys], in block order
+    is_key = jnp.arange(plan.keys)[None, :] < blocks.length.sum(1, keepdims=True)  # [batch, keys], in block order
     is_key = jnp.repeat(is_key, plan.kv_heads, axis=0)[..., None]
 
     def differentiate_chunk(chunk: Chunk, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -173,7 +173,7 @@ def _differentiate(
     slots = list_slots(chunk, blocks, key_stop, plan)
     log2_sum, delta = (jnp.where(slots.row < 0, 0, x.at[slots.row].get(mode="clip")) for x in numbers)
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None]
-    number = jnp.arange(plan.num_blocks, dtype=jnp.int32)
+    number = jnp.arange(plan.num_blocks, dtype=jnp.int32)[None, :]
     block = find_block(chunk.origin, blocks.start.reshape(-1), blocks.length.reshape(-1), head, number, plan)
     tiles = find_tiles(schedule, plan.num_blocks)  # [chunk_heads, blocks + 1]
     work = tiles[:, 1:] - tiles[:, :-1] + 1

@@ -135,7 +135,7 @@ def _attend(
     """Partial outputs `[chunk_heads * chunk_pairs, head_dim]` and log2 of the sum of exp2; no pair, any number."""
     schedule = chunk.schedule
     slots = list_slots(chunk, blocks, key_stop, plan)
-    is_used = jnp.arange(schedule.block.shape[1]) < schedule.num_tiles[:, None]  # [chunk_heads, tiles]
+    is_used = jnp.arange(schedule.block.shape[1])[None, :] < schedule.num_tiles[:, None]  # [chunk_heads, tiles]
     order, bounds = share_out(jnp.ones(is_used.size, jnp.int32), is_used.reshape(-1), config.num_programs)
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None]
     block = find_block(chunk.origin, blocks.start.reshape(-1), blocks.length.reshape(-1), head, schedule.block, plan)

@@ -100,16 +100,17 @@ def cut_blocks(
     parts = ceil_div(block_size, LARGEST_KEY_SIZE)
     if parts == 1:
         return Blocks(indices, block_start, block_length, block_size)
-    part = jnp.arange(parts, dtype=jnp.int32)
+    part = jnp.arange(parts, dtype=jnp.int32).reshape(1, 1, 1, 1, parts)
     offset = part * LARGEST_KEY_SIZE
+    offset_of_part = offset[0, 0]  # [1, 1, parts]
     batch_row = jnp.arange(indices.shape[0])[:, None, None, None]
     chosen = jnp.maximum(indices, 0)
     seen = jnp.minimum(block_length[batch_row, chosen], key_stop[:, None, :, None] - block_start[batch_row, chosen])
     is_seen = (offset < seen[..., None]) & (indices >= 0)[..., None]  # [batch, heads, queries, top_k, parts]
     return Blocks(
         jnp.where(is_seen, indices[..., None] * parts + part, -1).reshape(*indices.shape[:3], -1),
-        (block_start[..., None] + offset).reshape(block_start.shape[0], -1),
-        jnp.clip(block_length[..., None] - offset, 0, LARGEST_KEY_SIZE).reshape(block_start.shape[0], -1),
+        (block_start[..., None] + offset_of_part).reshape(block_start.shape[0], -1),
+        jnp.clip(block_length[..., None] - offset_of_part, 0, LARGEST_KEY_SIZE).reshape(block_start.shape[0], -1),
         LARGEST_KEY_SIZE,
     )
 
@@ -156,8 +157,9 @@ def share_out(work: jax.Array, is_listed: jax.Array, num_programs: int) -> tuple
       bounds: int32 `[num_programs + 1]`; a program has the items `order[bounds[p] : bounds[p + 1]]`.
     """
     (order,) = jnp.nonzero(is_listed, size=is_listed.size, fill_value=0)
-    done = jnp.cumsum(jnp.where(is_listed, work, 0))[order]  # up to and with each listed item
-    num_items, total = is_listed.sum(dtype=jnp.int32), jnp.where(is_listed, work, 0).sum()
+    done = jnp.cumsum(jnp.where(is_listed, work, 0), dtype=jnp.int32)  # up to and with each item
+    num_items, total = is_listed.sum(dtype=jnp.int32), done[-1]
+    done = done[order]
     done = jnp.where(jnp.arange(done.size) < num_items, done, jnp.iinfo(jnp.int32).max)
     program = jnp.arange(num_programs, dtype=jnp.int32)
     quotient, remainder = divide(total, num_programs)

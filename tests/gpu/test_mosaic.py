@@ -231,3 +231,19 @@ def test_threads_move_every_piece_to_where_wgmma_reads_it(monkeypatch, rows, col
     boxes = np.arange(rows * columns * 2).reshape(rows // 8, columns // 64, 8, 128)  # of 8 rows of 128 bytes
     unswizzled = boxes.transpose(0, 2, 1, 3).reshape(rows, columns * 2)[:, ::16]
     np.testing.assert_array_equal(places, unswizzled ^ (unswizzled >> 7 & 7) << 4)  # the hardware's 128-byte mode
+
+
+def test_programs_have_equal_work():
+    work, is_listed = jnp.array([2, 0, 1, 1, 2]), jnp.array([True, False, True, True, True])
+    order, bounds = mosaic_tiles.share_out(work, is_listed, 3)
+    np.testing.assert_array_equal(order[:4], [0, 2, 3, 4])
+    np.testing.assert_array_equal(bounds, [0, 1, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [({"query_slots": 1}, "query_slots=1"), ({"memory_registers": 25}, "=25"), ({"compute_registers": 240}, "at most")],
+)
+def test_wrong_sizes_are_named(sizes, name):
+    with pytest.raises(ValueError, match=name):
+        MosaicConfig(**sizes)
