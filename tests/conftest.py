@@ -2,12 +2,16 @@
 
 Compiling takes most of the suite's time, the more so the better XLA optimises. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests
 programs as a user gets them.
+
+The warpgroups of an interpreted Mosaic GPU kernel are threads that block one another at barriers. XLA takes a thread
+for each core, and two are too few for three warpgroups: hence NPROC.
 """
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("NPROC", "16")
 
 import hypothesis
 import pytest
