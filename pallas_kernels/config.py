@@ -10,7 +10,8 @@ class KeyMajorConfig:
     Attributes:
       tile_size: pairs of a tile, all of one key block; what a block's last tile lacks is padding. None: 128, or 64
         where a chunk has few pairs for each block.
-      backward_tile_size: the same for the backward pass, whose grid takes a tile a step. None: 256, or 128.
+      backward_tile_size: pairs of a tile, and of a grid step, in the backward pass. Shorter tiles would pay only below
+        some 80 pairs a block.
       slots_per_step: pairs that one step of the forward grid works through, several tiles side by side, to hide each
         other's latency; fewer where on-chip memory demands it.
       chunk_bytes: on-chip memory for a chunk of queries with its accumulator. The larger the chunk, the more pairs of a
@@ -19,7 +20,7 @@ class KeyMajorConfig:
     """
 
     tile_size: int | None = None
-    backward_tile_size: int | None = None
+    backward_tile_size: int = 256
     slots_per_step: int = 1024
     chunk_bytes: int | None = None
     table_entries: int = 40000

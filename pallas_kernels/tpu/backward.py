@@ -84,7 +84,7 @@ def attend_backward(
         tile_bytes=12 * 4 * cut.stretch_size * lanes,
         pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
         num_pieces=block_start.shape[1] * cut.pieces_per_block,
-        tile_sizes=(256, 128) if config.backward_tile_size is None else (config.backward_tile_size,),
+        tile_sizes=(config.backward_tile_size,),
         slots_per_step=1,
         config=config,
     )

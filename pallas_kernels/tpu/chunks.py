@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.config import KeyMajorConfig
 from pallas_kernels.tpu.key_work import SPARE_ROWS, round_up
 
-_SMALLEST_CHIP = 64 << 20  # v5p, tpu7x; v5e and v6e have twice as much
+SMALLEST_CHIP = 64 << 20  # v5p, tpu7x; v5e and v6e have twice as much
 _RESERVED = 6 << 20  # for the compiler and small buffers
 _LARGEST_STEP = 20 << 20
 _FULL_TILES = 4  # so many whole tiles a piece make long tiles pay
@@ -66,7 +66,7 @@ def plan(
         tiles //= 2
     chunk_bytes = config.chunk_bytes
     if chunk_bytes is None:
-        chip = pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else _SMALLEST_CHIP
+        chip = pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else SMALLEST_CHIP
         chunk_bytes = chip - _RESERVED - step_bytes(tiles)
     rows = chunk_bytes // row_bytes - SPARE_ROWS
     entries = config.table_entries

@@ -7,7 +7,7 @@ begin anywhere, are moved to the beginning of a row of lanes (two loads, two rot
 
 Memory. VMEM: all sorted rows and all tiles of a chunk, 4 bytes a slot. SMEM: counts and places of 512 pieces at a time,
 and three numbers a tile. Speed: the scalar unit, some 14 cycles a tile in a straight line of code: four pieces of at
-most four tiles, or sixteen tiles of one piece. Pieces outside the range that the chunk's queries chose from are not
+most four tiles, or eight tiles of one piece. Pieces outside the range that the chunk's queries chose from are not
 visited.
 """
 
@@ -25,7 +25,7 @@ from pallas_kernels.tpu.key_work import LANES, Pieces, Tiles, round_up
 _PIECES = 512  # of a grid step, at most
 _PIECES_AT_ONCE = 4  # cut side by side, to hide latencies, where none has more tiles than these:
 _FEW_TILES = 4  # of each, side by side; those past the end of a piece are overwritten by the next piece.
-_MANY_TILES = 16  # cut side by side of a piece that has more
+_MANY_TILES = 8  # cut side by side of a piece that has more
 
 
 def make_tiles(
@@ -143,7 +143,7 @@ def _kernel(
     fixed_batches: int | None,
 ) -> None:
     del begin_ref
-    width, many = row_ref.shape[1], _MANY_TILES * tile_size
+    width = row_ref.shape[1]
     lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
     @pl.when(pl.program_id(0) == 0)
@@ -164,37 +164,45 @@ def _kernel(
             row = jnp.where(lane < count - part, row, num_rows)
             row_ref[pl.ds(tile * (tile_size // width) + part // width, 1), :] = row[:, :width]
 
+    def cut_piece(piece: Any, totals: tuple[Any, Any], batch: Any, size: int) -> None:
+        """Writes a batch of `size` tiles of a piece; totals are the tiles and pairs before the piece."""
+        count, numbers = numbers_ref[0, 0, piece], tuple(numbers_ref[0, i, piece] for i in range(1, 4))
+        for i in range(size):
+            tile = batch * size + i
+            write(totals[0] + tile, totals[1] + tile * tile_size, count - tile * tile_size, numbers)
+
+    def add_piece(piece: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
+        count = numbers_ref[0, 0, piece]
+        return totals[0] + lax.div(count + tile_size - 1, tile_size), totals[1] + count
+
     def cut(group: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
         pieces = [group * _PIECES_AT_ONCE + i for i in range(_PIECES_AT_ONCE)]
-        counts = [numbers_ref[0, 0, piece] for piece in pieces]
-        numbers = [tuple(numbers_ref[0, i, piece] for i in range(1, 4)) for piece in pieces]
-        firsts = []  # of each piece: the first tile and the first pair
-        for count in counts:
-            firsts.append(totals)
-            totals = totals[0] + lax.div(count + tile_size - 1, tile_size), totals[1] + count
-
-        def cut_some(piece: int, batch: Any, size: int) -> None:
-            (first_tile, first_pair), count = firsts[piece], counts[piece]
-            for i in range(size):
-                tile = batch * size + i
-                write(first_tile + tile, first_pair + tile * tile_size, count - tile * tile_size, numbers[piece])
+        befores = [totals]
+        for piece in pieces:
+            befores.append(add_piece(piece, befores[-1]))
 
         def cut_few() -> None:
-            for piece in range(_PIECES_AT_ONCE):
-                cut_some(piece, 0, _FEW_TILES)
+            for piece, before in zip(pieces, befores, strict=False):
+                cut_piece(piece, before, 0, _FEW_TILES)
 
         def cut_many() -> None:
-            for piece, count in enumerate(counts):
-                batches = lax.div(count + many - 1, many) if fixed_batches is None else fixed_batches
-                lax.fori_loop(0, batches, lambda batch, _, piece=piece: cut_some(piece, batch, _MANY_TILES), None)
+            def cut_one(i: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
+                piece = group * _PIECES_AT_ONCE + i
+                tiles = lax.div(numbers_ref[0, 0, piece] + tile_size - 1, tile_size)
+                batches = lax.div(tiles + _MANY_TILES - 1, _MANY_TILES) if fixed_batches is None else fixed_batches
+                lax.fori_loop(0, batches, lambda batch, _: cut_piece(piece, before, batch, _MANY_TILES), None)
+                return add_piece(piece, before)
+
+            lax.fori_loop(0, _PIECES_AT_ONCE, cut_one, totals)
 
         if fixed_batches is None:
-            are_few = functools.reduce(jnp.maximum, counts) <= _FEW_TILES * tile_size
+            largest = functools.reduce(jnp.maximum, [numbers_ref[0, 0, piece] for piece in pieces])
+            are_few = largest <= _FEW_TILES * tile_size
             pl.when(are_few)(cut_few)
             pl.when(jnp.logical_not(are_few))(cut_many)
         else:
             (cut_many if fixed_batches else cut_few)()
-        return totals
+        return befores[-1]
 
     num_groups = numbers_ref.shape[2] // _PIECES_AT_ONCE
     num_tiles, num_pairs = lax.fori_loop(0, num_groups, cut, (total_ref[0], total_ref[1]))

@@ -1,0 +1,323 @@
+"""The parts that the static report measures, each compiled for a v6e in a process of its own.
+
+Work that depends on data is made to run always and a fixed number of times, for libtpu's profile counts every number
+that it cannot know as zero: loops over lists, guards, and grids of a length that is only known at run time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CHIP = "v6e:1x1"
+HEAD_DIM = 128
+
+
+class Measured(NamedTuple):
+    """What libtpu says of a part, by operation: cycles; bytes of VMEM, and those among them for spilled registers."""
+
+    cycles: dict[str, int]
+    kernels: dict[str, tuple[int, int]]
+
+    def named(self, word: str) -> int:
+        return sum(number for name, number in self.cycles.items() if word in name)
+
+    def kernel(self, word: str) -> tuple[int, int]:
+        return next(found for name, found in self.kernels.items() if word in name)
+
+
+def measure(part: str, *, reads_memory: bool = False, **sizes: Any) -> Measured:
+    """Compiles a part in a new process, for libtpu reads its flags once, and reads what it leaves behind."""
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"--xla_jf_dump_static_llo_profile_to={directory}"
+        if reads_memory:  # thousands of files, so only where they are read
+            flags += f" --xla_jf_dump_to={directory}"
+        quiet = dict.fromkeys(("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "3")
+        environment = os.environ | quiet
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_WORKER_ID": "0",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": flags,
+        }
+        command = [sys.executable, "-m", "pallas_kernels.tpu.report_parts", part, json.dumps(sizes)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{part} {sizes} was not compiled:\n{done.stderr[-3000:]}")
+        cycles: dict[str, int] = {}
+        for path in Path(directory).glob("*_static_llo_profile.textproto"):
+            found = re.findall(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', path.read_text())
+            cycles |= {name: int(number) for name, number in found}
+        return Measured(cycles, _kernels(Path(directory), cycles) if reads_memory else {})
+
+
+def _kernels(directory: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Bytes of scoped VMEM of each operation, and those among them to which registers spill: from libtpu's report."""
+    text = next(directory.glob("*-vmem_report.html")).read_text()
+    kernels = {}
+    for name in names:
+        key = f'"{name}": '
+        if key in text:
+            found, _ = json.JSONDecoder().raw_decode(text, text.index(key) + len(key))
+            places = [place for block in found["blocks"] for place in block["allocations"]]
+            kernels[name] = found["total_size"], sum(place["size"] for place in places if place["tag"] == "SPILL")
+    return kernels
+
+
+def compile_part(part: str, sizes: dict[str, Any]) -> None:
+    """Compiles one part; libtpu writes profile, program and code."""
+    import jax
+    from jax.experimental import topologies
+
+    sharding = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(CHIP, "tpu").devices[0])
+    function, arguments, *donated = PARTS[part](**sizes)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arguments]
+    jax.jit(function, donate_argnums=donated[0] if donated else ()).lower(*arrays).compile()
+
+
+def _with(module: Any, **replacements: Any) -> Any:
+    """A module's names, some replaced."""
+    return types.SimpleNamespace(**(vars(module) | replacements))
+
+
+def _always(_: Any) -> Callable[[Callable[[], None]], None]:
+    """`pl.when` of what is true."""
+    return lambda body: body()
+
+
+def _forward(
+    rows: int, steps: int, tile: int, block_size: int = 128, has_maximum: bool = False, without: str | None = None
+) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import forward, key_work
+
+    tiles_per_step = 1024 // tile
+    add_rows, fetch_rows = key_work.add_rows, key_work.fetch_rows
+
+    def add_only(part_ref: Any, result_ref: Any, state_ref: Any, fetch: Any) -> None:
+        del fetch
+        add_rows(part_ref, result_ref, state_ref)
+
+    def fetch_only(part_ref: Any, result_ref: Any, state_ref: Any, fetch: Any) -> None:
+        for number in range(tiles_per_step):  # one part a tile, so that the results are not thrown away
+            state_ref[number : number + 1, :] += result_ref[number * tile * 2 : number * tile * 2 + 1, :]
+        fetch_rows(*fetch)
+
+    if without:
+        key_work.add_rows = {"fetch": add_only, "add": fetch_only}[without]  # type: ignore[assignment]
+
+    def attend(packed: Any, key_value: Any, table: Any, numbers: Any) -> Any:
+        return forward.attend_tiles(
+            packed,
+            key_value,
+            key_work.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
+            head_dim=HEAD_DIM,
+            has_maximum=has_maximum,
+            is_aligned=True,
+            scale=HEAD_DIM**-0.5,
+            vmem_bytes=100 << 20,
+        )
+
+    return attend, [
+        ((rows + 8, 128), jnp.uint32),
+        ((64, 2, block_size, HEAD_DIM), jnp.bfloat16),
+        ((steps + 1, tiles_per_step, tile), jnp.int32),
+        (((steps + 1) * tiles_per_step,), jnp.int32),
+    ]
+
+
+def _backward(rows: int, steps: int, tile: int, block_size: int = 128) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import backward, key_work
+
+    def differentiate(packed: Any, key: Any, value: Any, d_key: Any, d_value: Any, table: Any, numbers: Any) -> Any:
+        return backward.differentiate_tiles(
+            packed,
+            key,
+            value,
+            d_key,
+            d_value,
+            key_work.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
+            head_dim=HEAD_DIM,
+            is_aligned=True,
+            scale=HEAD_DIM**-0.5,
+            vmem_bytes=100 << 20,
+        )
+
+    keys, sums = ((64, block_size, HEAD_DIM), jnp.bfloat16), ((64, block_size, HEAD_DIM), jnp.float32)
+    table = ((steps + 1, 1, tile), jnp.int32), ((steps + 1,), jnp.int32)
+    return differentiate, [(((rows + 8) * 2, 128), jnp.uint32), keys, keys, sums, sums, *table], (3, 4)
+
+
+def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import cut_tiles, key_work
+
+    def cut(ids: Any, numbers: Any) -> Any:
+        places = key_work.Pieces(numbers, numbers, numbers)
+        return cut_tiles.make_tiles(ids, places, tile_size=tile, tiles_per_step=1024 // tile, fixed_batches=batches)
+
+    return cut, [((rows, top_k), jnp.int32), ((pieces,), jnp.int32)]
+
+
+def _pack(rows: int) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import key_work
+
+    return key_work.pack_rows, [((rows, HEAD_DIM), jnp.bfloat16), ((rows, 1), jnp.int32)]
+
+
+def _finish(rows: int) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import forward
+
+    return lambda state: forward.finish(state, rows, HEAD_DIM, jnp.bfloat16), [(((rows + 8) * 2, 128), jnp.float32)]
+
+
+def _router(extractions: int) -> tuple:
+    """32768 queries and one stretch of 256 blocks of 128 keys, which every query sees."""
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.experimental import pallas as pl
+
+    from pallas_kernels.tpu import routing
+
+    def extract(_: Any, body: Any, first: Any) -> Any:
+        return lax.fori_loop(0, extractions, lambda _, carry: body(carry), first)
+
+    routing.lax = _with(lax, while_loop=extract)
+    routing.pl = _with(pl, when=_always)
+    tokens = 256 * 128
+
+    def route(query: Any, block: Any, reach: Any) -> Any:
+        places = {"block_start": block, "block_length": block, "first_block": reach, "last_block": reach}
+        return routing.route(query, query, **places, block_size=128, top_k=8, is_causal=True)
+
+    return route, [((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, 256), jnp.int32), ((1, tokens), jnp.int32)]
+
+
+def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_masked: bool, backward: bool) -> tuple:
+    """Every query tile walks `list_length` key blocks; for dK and dV every key block as many query tiles."""
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    from pallas_kernels.tpu import tile_work
+    from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
+    from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+
+    def walk(
+        span_ref: Any,
+        steps_hbm: Any,
+        ids_ref: Any,
+        ids_semaphore: Any,
+        *,
+        copies: Any,
+        entries: int,
+        clear: Any,
+        compute: Any,
+        mask_copies: Any = None,
+    ) -> None:
+        """`tile_work.walk` with full steps, as many for each program."""
+        del span_ref, clear
+        keys_a_step = entries * (key_block if mask_copies is not None else query_block)
+        row, num_steps = pl.program_id(0), max(1, list_length * key_block // keys_a_step)
+        makers = [copies] + ([mask_copies] if is_masked and mask_copies is not None else [])
+
+        def ids_copy(step: Any) -> Any:
+            place = lax.rem(step, 3)
+            source = steps_hbm.at[row, lax.div(step, 32)]
+            return pltpu.make_async_copy(source, ids_ref.at[place], ids_semaphore.at[place])
+
+        def for_copies(step: Any, act: str) -> None:
+            def body(entry: Any, carry: None) -> None:
+                for make in makers:
+                    for copy in make(lax.rem(step, 2), entry, ids_ref[lax.rem(step, 3), 0, 2 + entry]):
+                        getattr(copy, act)()
+                return carry
+
+            lax.fori_loop(0, entries, body, None)
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            for step in range(2):
+                ids_copy(step).start()
+            ids_copy(0).wait()
+            for_copies(0, "start")
+
+        def run(number: Any, carry: None) -> None:
+            step = pl.program_id(1) * num_steps + number
+            ids_copy(step + 2).start()
+            ids_copy(step + 1).wait()
+            for_copies(step + 1, "start")
+            for_copies(step, "wait")
+            compute(lax.rem(step, 2), is_masked)
+            return carry
+
+        lax.fori_loop(0, num_steps, run, None)
+
+    tile_work.walk = walk
+    options = {"query_block_size": query_block, "key_block_size": key_block, "scale": HEAD_DIM**-0.5}
+    array, number = ((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens), jnp.int32)
+    inputs = [array, array, array, ((1, 1, -(-tokens // query_block), list_length), jnp.int32), number, number, number]
+    if not backward:
+        return lambda *arrays: attend_tiles_forward(*arrays, **options), inputs
+    statistics = ((1, tokens, 1), jnp.float32)
+    return lambda *arrays: attend_tiles_backward(*arrays, **options), [*inputs, array, statistics, array, statistics]
+
+
+def _splash(tokens: int, tile: int, backward: bool = False) -> tuple:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def always(h: Any, i: Any, j: Any, data: Any, mask: Any, next_mask: Any, next_i: bool = False) -> Any:
+        del h, data, mask, next_mask
+        return (i if next_i else j), None, True, True
+
+    splash._next_nonzero = always  # else a prefetched number decides whether the body runs
+    names: tuple[str, ...] = "block_q", "block_kv", "block_kv_compute"
+    if backward:
+        names += "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"
+    tiles: dict[str, Any] = dict.fromkeys(names, tile)
+    mask = masks.MultiHeadMask([masks.FullMask((tokens, tokens))])
+    attention = splash.make_splash_mha_single_device(mask=mask, block_sizes=splash.BlockSizes(**tiles))
+
+    def attend(*arrays: Any) -> Any:
+        if not backward:
+            return attention(*arrays)
+        return jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)
+
+    return attend, [((1, tokens, HEAD_DIM), jnp.bfloat16)] * 3
+
+
+# Part: what gives the function, its arguments as (shape, dtype), and the arguments that it may overwrite.
+PARTS: dict[str, Callable[..., tuple]] = {
+    "forward": _forward,
+    "backward": _backward,
+    "schedule": _schedule,
+    "pack": _pack,
+    "finish": _finish,
+    "router": _router,
+    "tiles": _tiles,
+    "splash": _splash,
+}
+
+if __name__ == "__main__":
+    compile_part(sys.argv[1], json.loads(sys.argv[2]))
