@@ -1,17 +1,19 @@
 """The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.config import MosaicConfig
 from sparse_attn import reference, routing, xla
 from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
 from sparse_attn.layout import Layout, make_layout
 from sparse_attn.selection import BlockSelection
 
-Implementation = Literal["reference", "xla", "pallas"]
+Implementation = Literal["reference", "xla", "pallas", "mosaic"]
 
 
 def moba_attention(
@@ -51,7 +53,8 @@ def moba_attention(
         restart at each, and none sees another. Given together with key_value_segment_ids.
       key_value_segment_ids: int `[batch, keys]`.
       implementation: "reference" (dense masks; on a CPU as fast up to about 128 tokens), "xla" (sparse),
-        "pallas" (kernels), or None for the best sparse one that can do the call.
+        "pallas" (kernels), "mosaic" (kernels for Hopper GPUs, float16 and bfloat16, unverified: they have run on no GPU
+        yet), or None for the best sparse one that can do the call.
 
     Returns:
       Array of query's shape and dtype; zeros for a query with nothing to attend to.
@@ -207,8 +210,9 @@ def _resolve(
     if implementation is not None and implementation not in get_args(Implementation):
         raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
     platform = jax.default_backend()
-    if implementation == "pallas" and platform not in ("gpu", "tpu"):
-        raise NotImplementedError(f"implementation='pallas' has no kernels for {platform}; use 'xla'")
+    kernels = {"pallas": ("gpu", "tpu"), "mosaic": ("gpu",)}
+    if implementation in kernels and platform not in kernels[implementation]:
+        raise NotImplementedError(f"{implementation=} has no kernels for {platform}; use 'xla'")
     if implementation == "reference":
         return reference.route, reference.attend
     # The GPU kernels have run on no GPU yet: they are taken by name only.
@@ -218,6 +222,8 @@ def _resolve(
 
     if implementation == "pallas":
         return pallas.route, pallas.attend
+    if implementation == "mosaic":
+        return pallas.route, functools.partial(pallas.attend, config=MosaicConfig())
     return _first_supported(pallas.route, routing.route), _first_supported(pallas.attend, xla.attend)
 
 

@@ -125,6 +125,7 @@ def test_the_defaults_of_these_tests_are_accepted(function):
 
 
 @pytest.mark.parametrize("function", [moba, route, attend])
-def test_an_implementation_that_cannot_do_the_call_says_why_S10(function):
-    with pytest.raises(NotImplementedError, match="pallas"):
-        function(implementation="pallas")
+@pytest.mark.parametrize("implementation", ["pallas", "mosaic"])
+def test_an_implementation_that_cannot_do_the_call_says_why_S10(function, implementation):
+    with pytest.raises(NotImplementedError, match=f"{implementation}.*cpu"):
+        function(implementation=implementation)

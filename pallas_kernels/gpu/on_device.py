@@ -40,7 +40,10 @@ from pallas_kernels.gpu.tuning import TABLE, make_entry, tuned, write_entry
 Times = dict[str, float]
 _REPEATS = 10
 _TUNED_TOKENS = 65536
-_TESTS = ("tests/test_attention.py", "tests/test_gradients.py", "tests/test_routing.py")
+_TESTS = {
+    "triton": ("-k", "pallas", "tests/test_attention.py", "tests/test_gradients.py", "tests/test_routing.py"),
+    "mosaic": ("tests/gpu/test_mosaic.py",),
+}
 _COLUMNS = (
     *("head_dim", "block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "spread", "cuDNN"),
     *("gain", "both", "spread", "cuDNN", "gain", "memory", "memory, both", "attend: memory's rate", "failed"),
@@ -64,7 +67,7 @@ def main() -> None:
     problems = [problem for problem in roofline.PROBLEMS if problem.sequence <= arguments.longest]
     report: dict[str, Any] = {"machine": describe_machine(), "backend": arguments.backend}
     if not arguments.skip_tests:
-        report["tests"] = run_tests()
+        report["tests"] = run_tests(arguments.backend)
         report["checks"] = {str(problem): check(problem, arguments.backend) for problem in _shapes(shortened)}
     report["is_deterministic"] = is_deterministic(arguments.backend)
     report["ceilings"] = measure_ceilings()
@@ -77,14 +80,14 @@ def main() -> None:
         print(row(report["problems"][-1], report["ceilings"]), flush=True)
 
 
-def run_tests() -> str:
+def run_tests(backend: str) -> str:
     """Runs the repository's tests with the kernels on this GPU; returns their closing line."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cuda",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # of what the kernels are compared with
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "pallas", *_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", *_TESTS[backend]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout[-4000:])
     return (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
