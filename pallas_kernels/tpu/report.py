@@ -29,10 +29,6 @@ Why more than 5 cycles a pair at block 128:
   pairs between layouts the rest.
 * Cut: the scalar unit, some 14 cycles a tile, and at least four tiles for each block.
 
-The router at 524288 tokens is bound by extractions (see `routing`): each reads all scores of a stretch again, and among
-512 queries there is nearly always one that has several more blocks to move. Blocks grow with the sequence, so that is
-the one part that is quadratic, and it is the larger part of the whole from there on.
-
 What the figures are worth:
 
 * Estimates of libtpu's static profile for a v6e; nothing here ever ran on a TPU. Compare, never quote a time.
