@@ -43,7 +43,8 @@ class Preset:
     comparison: ComparisonConfig
     """The systems of `sparse_attn.systems` side by side, on the dense models."""
     processes: int = 1
-    """Models that train side by side, each on an equal share of the processor cores; 1: one after the other on all."""
+    """Models that train, or are compared, side by side, each on an equal share of the processor cores; 1: one after the
+    other on all."""
 
     def __post_init__(self) -> None:
         for name in ("block_sizes", "language_model_blocks"):

@@ -8,10 +8,13 @@ video without one: two leagues, each with an oracle that knows the true mass of 
 """
 
 import dataclasses
+import functools
 import inspect
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,7 @@ from experiments.config import to_dict
 from experiments.data import make_data
 from experiments.evaluate import at_length
 from experiments.studies.snr import attention_inputs
-from experiments.studies.variants import dense, train_variants, write_study
+from experiments.studies.variants import dense, keep_to, share_cores, train_variants, write_study
 from experiments.train import load_run
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import LevelMap
@@ -205,29 +208,48 @@ def run(preset: "Preset", out: Path) -> dict[str, Any]:
                 1,
             ),
         }
-        rows = []
-        for model, (variant,) in trained.items():
-            arrays = load_arrays(out, variant["runs"][0], config)
-            for contestant in tqdm(contestants(config), desc=f"comparison, {model}", unit="system"):
-                setting = find_setting(contestant, *arrays, config.density)
-                about = {"model": model, "system": contestant.system.RECIPE.name, "is_causal": contestant.is_causal}
-                measured = measure_system(contestant, setting, *arrays, config.repeats)
-                rows.append({**about, "setting": setting, **measured})
+        runs = [(model, out / variant["runs"][0]) for model, (variant,) in trained.items()]
+        compare = functools.partial(_compare, out=out, config=config)
+        if preset.processes == 1:
+            rows = [compare(*run) for run in runs]
+        else:
+            with ProcessPoolExecutor(len(runs), mp_context=multiprocessing.get_context("spawn")) as pool:
+                rows = list(pool.map(compare, *zip(*runs, strict=True), share_cores(len(runs))))
         words = (
             f"Last layer without positions of the dense models, {config.batch_size} validation sequences of "
-            f"{config.sequence_length} tokens, blocks of {config.block_size}, density {config.density}."
+            f"{config.sequence_length} tokens, blocks of {config.block_size}, density {config.density}. Models "
+            f"{'one after the other on all cores' if preset.processes == 1 else 'side by side, each on its cores'}."
         )
         top_k = max(1, round(config.density * config.sequence_length / config.block_size / 2))  # half the table is past
-        selection = moba.select(*arrays[:2], block_size=config.block_size, top_k=top_k)
+        query, key, _ = load_arrays(runs[-1][1], out, config)
+        selection = moba.select(query, key, block_size=config.block_size, top_k=top_k)
         drawn = {"indices": selection.indices[:1].tolist(), "block_size": config.block_size}
-        return {"setting": words, "rows": rows, "selection": {**drawn, "num_blocks": selection.num_blocks}}
+        return {
+            "setting": words,
+            "rows": [row for of_model in rows for row in of_model],
+            "selection": {**drawn, "num_blocks": selection.num_blocks},
+        }
 
     return write_study(out, "comparison", preset.name, settings, measure)
 
 
-def load_arrays(out: Path, directory: str, config: ComparisonConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _compare(
+    model: str, run_dir: Path, cores: Sequence[int] = (), *, out: Path, config: ComparisonConfig
+) -> list[dict[str, Any]]:
+    """The rows of one trained model, measured on these cores."""
+    keep_to(cores)
+    arrays = load_arrays(run_dir, out, config)
+    rows = []
+    for contestant in tqdm(contestants(config), desc=f"comparison, {model}", unit="system"):
+        setting = find_setting(contestant, *arrays, config.density)
+        about = {"model": model, "system": contestant.system.RECIPE.name, "is_causal": contestant.is_causal}
+        rows.append({**about, "setting": setting, **measure_system(contestant, setting, *arrays, config.repeats)})
+    return rows
+
+
+def load_arrays(run_dir: Path, out: Path, config: ComparisonConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key and value of the last layer without positions of a trained model, on validation data."""
-    run_config, model = load_run(out / directory)
+    run_config, model = load_run(run_dir)
     data = dataclasses.replace(at_length(run_config.data, config.sequence_length), batch_size=config.batch_size)
     return attention_inputs(model, make_data(data, run_config.seed, out).batch(0, "validation")["tokens"])[-1]
 

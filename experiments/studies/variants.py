@@ -109,10 +109,9 @@ def _train_side_by_side(runs: Sequence[tuple[RunConfig, Path]], processes: int, 
     """
     waiting = [run for run in runs if not _is_done(run)]
     context = multiprocessing.get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = [
-        context.Process(target=_train_share, args=(waiting[i::processes], cores[i::processes]))
-        for i in range(min(processes, len(waiting)))
+        context.Process(target=_train_share, args=(waiting[i::processes], cores))
+        for i, cores in enumerate(share_cores(processes)[: len(waiting)])
     ]
     for worker in workers:
         worker.start()
@@ -126,9 +125,20 @@ def _is_done(run: tuple[RunConfig, Path]) -> bool:
     return (run[1] / "result.json").exists()
 
 
-def _train_share(runs: Sequence[tuple[RunConfig, Path]], cores: Sequence[int]) -> None:
+def share_cores(processes: int) -> list[list[int]]:
+    """The processor cores at hand, dealt out; none to anyone where the system has no way to keep to them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [cores[i::processes] for i in range(processes)]
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Keeps this process to the cores, if any are given."""
     if cores:
         os.sched_setaffinity(0, cores)
+
+
+def _train_share(runs: Sequence[tuple[RunConfig, Path]], cores: Sequence[int]) -> None:
+    keep_to(cores)
     with contextlib.suppress(KeyboardInterrupt):
         for run in runs:
             train(*run)
