@@ -143,8 +143,8 @@ def _time(axes: Axes, study: Study) -> None:
                 label = {"moba": "MoBA", "dense": "dense (jax.nn)", "torch": "PyTorch"}[name] + f", {passes}"
                 lengths, times = ([row[key] for row in rows] for key in ("sequence_length", f"{name}_ms"))
                 axes.plot(lengths, times, style, marker="o", markersize=3.5, color=color, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="time (ms)", title="Time")
-    axes.legend(frameon=False, fontsize=7)
+    axes.set(yscale="log", ylabel="time (ms)", title="Time")
+    _finish_lengths(axes, study)
 
 
 def _memory(axes: Axes, study: Study) -> None:
@@ -154,10 +154,18 @@ def _memory(axes: Axes, study: Study) -> None:
             lengths, sizes = ([row[key] for row in rows] for key in ("sequence_length", f"{name}_temp_mib"))
             label = f"{'MoBA' if name == 'moba' else 'dense'}, {passes}"
             axes.plot(lengths, sizes, style, marker="o", markersize=3.5, color=color, label=label)
-    axes.set(
-        xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="temporary memory (MiB)", title="Memory"
-    )
-    axes.legend(frameon=False, fontsize=7)
+    axes.set(yscale="log", ylabel="temporary memory (MiB)", title="Memory")
+    _finish_lengths(axes, study)
+
+
+def _finish_lengths(axes: Axes, study: Study) -> None:
+    """A logarithmic axis of sequence lengths, and a legend above the lines."""
+    lengths = sorted({row["sequence_length"] for row in study["rows"]})
+    axes.set(xscale="log", xlabel="sequence length (tokens)")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_ylim(top=8 * axes.get_ylim()[1])
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
 
 
 def _league(axes: Axes, study: Study, is_causal: bool) -> None:
