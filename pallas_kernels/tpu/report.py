@@ -42,7 +42,6 @@ What the figures are worth:
   and a tile goes on until the last of its 512 queries is done.
 * With XLA's gathers and scatters the profile of a whole program is not available: parts are measured alone.
 * VMEM and spills are read back from the report that libtpu writes beside a compiled program; chunks of 8192 rows there.
-  The router's are not: with that report its compilation takes more memory than a small machine has.
 """
 
 
@@ -140,7 +139,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
 
 def _router() -> dict[int, float]:
     """Cycles a pair of the router at block 128, top_k 8, causal, by tokens."""
-    few, many = (measure("router", extractions=number) for number in (0, 1))
+    few, many = (measure("router", reads_memory=True, extractions=number) for number in (0, 1))
     tiles = 256 * 128 // 512
     extraction = (many.named("moba_route") - few.named("moba_route")) / tiles
     stretch = few.named("moba_route") / tiles
@@ -153,7 +152,8 @@ def _router() -> dict[int, float]:
         return sum(1 - min(1.0, sum(terms[:number])) ** 512 for number in range(1, 9))
 
     print("Router, block 128, top_k 8, causal; a stretch is 256 blocks for 512 queries:")
-    print(f"{stretch:.0f} cycles a stretch, {extraction:.0f} an extraction; means and copies {means:.2f} a token.\n")
+    print(f"{stretch:.0f} cycles a stretch, {extraction:.0f} an extraction; means and copies {means:.2f} a token;")
+    print("{} bytes of VMEM, {} of these for spills.\n".format(*many.kernel("moba_route")))
     rows: list[tuple[object, ...]] = []
     cycles = {}
     for tokens in TOKENS:

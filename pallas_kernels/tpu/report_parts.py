@@ -193,14 +193,22 @@ def _router(extractions: int) -> tuple:
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
     from pallas_kernels.tpu import routing
+
+    def fixed_grid(*, grid: tuple, **options: Any) -> Any:
+        """One stretch for each tile of queries, two groups of 128 blocks: what is only known at run time."""
+        lengths = {2: 2, 3: 1}
+        fixed = tuple(size if isinstance(size, int) else lengths[axis] for axis, size in enumerate(grid))
+        return pltpu.PrefetchScalarGridSpec(grid=fixed, **options)
 
     def extract(_: Any, body: Any, first: Any) -> Any:
         return lax.fori_loop(0, extractions, lambda _, carry: body(carry), first)
 
     routing.lax = _with(lax, while_loop=extract)
     routing.pl = _with(pl, when=_always)
+    routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)
     tokens = 256 * 128
 
     def route(query: Any, block: Any, reach: Any) -> Any:
