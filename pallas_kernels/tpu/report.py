@@ -26,7 +26,7 @@ Why more than 5 cycles a pair at block 128:
 * Load, clear, store; pack, finish: once a row, shared by its pairs. A chunk's first load and last store are hidden by
   nothing; XLA writes the words of the queries, and divides and narrows the sums, in several passes over HBM.
 * Sort, count: XLA's sort takes half of it, counting pairs by a product of one-hot matrices and copies of the unsorted
-  pairs between layouts the rest. A chunk of 599232 pairs is dear, for 524288, a power of two, it
+  pairs between layouts the rest. A chunk of 599232 pairs is dear: with 524288, a power of two, it
   would be 0.75 (measured apart).
 * Cut: the scalar unit, some 14 cycles a tile, and at least four tiles for each block.
 
