@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import MosaicConfig
+from pallas_kernels.config import MOSAIC
 from sparse_attn import reference, routing, xla
 from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
 from sparse_attn.layout import Layout, make_layout
@@ -223,7 +223,7 @@ def _resolve(
     if implementation == "pallas":
         return pallas.route, pallas.attend
     if implementation == "mosaic":
-        return pallas.route, functools.partial(pallas.attend, config=MosaicConfig())
+        return pallas.route, functools.partial(pallas.attend, config=MOSAIC)
     return _first_supported(pallas.route, routing.route), _first_supported(pallas.attend, xla.attend)
 
 
