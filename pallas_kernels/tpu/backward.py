@@ -88,9 +88,8 @@ def attend_backward(
         slots_per_step=1,
         config=config,
     )
-    split = functools.partial(
-        key_work.split_heads, kv_heads=kv_heads, num_chunks=-(-num_rows // chunk.rows), chunk_rows=chunk.rows
-    )
+    sizes = {"kv_heads": kv_heads, "num_chunks": -(-num_rows // chunk.rows), "chunk_rows": chunk.rows}
+    split = functools.partial(key_work.split_heads, **sizes)
     reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)
@@ -101,7 +100,7 @@ def attend_backward(
         def differentiate_chunk(
             sums: tuple[jax.Array, jax.Array], arrays: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            indices, *row = arrays  # [chunk_rows, x]
+            indices, *row = arrays  # [top_k, chunk_rows], [chunk_rows, x]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(ids, pieces, tile_size=chunk.tile_size, tiles_per_step=1, interpret=interpret)
             d_query, d_key, d_value = differentiate_tiles(
@@ -129,7 +128,7 @@ def attend_backward(
         key_work.split_keys(value, cut.stretch_size),
         jnp.repeat(block_start, kv_heads, axis=0),
         jnp.repeat(block_length, kv_heads, axis=0),
-        split(indices.swapaxes(1, 2) + 1) - 1,  # shifted, so that the rows behind the last query choose nothing
+        key_work.split_indices(indices, **sizes),
         split(query),
         split(d_output.astype(query.dtype)),
         split(reach),

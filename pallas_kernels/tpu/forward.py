@@ -85,18 +85,16 @@ def attend_forward(
         slots_per_step=config.slots_per_step,
         config=config,
     )
-    num_chunks = -(-num_rows // chunk.rows)
-    split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
+    sizes = {"kv_heads": kv_heads, "num_chunks": -(-num_rows // chunk.rows), "chunk_rows": chunk.rows}
+    split = functools.partial(key_work.split_heads, **sizes)
     reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
-    # Shifted by one, so that the rows behind the last query choose nothing.
-    chosen = split(indices.swapaxes(1, 2) + 1) - 1
 
     def attend_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         key_value, block_start, block_length, *chunks = arrays
         largest_key = _largest_norm(key_value[:, 0])
 
         def attend_chunk(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            query, indices, key_stop = arrays  # [chunk_rows, x]
+            query, indices, key_stop = arrays  # [chunk_rows, head_dim], [top_k, chunk_rows], [chunk_rows, 1]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(
                 ids, pieces, tile_size=chunk.tile_size, tiles_per_step=chunk.tiles_per_step, interpret=interpret
@@ -128,7 +126,7 @@ def attend_forward(
         jnp.repeat(block_start, kv_heads, axis=0),
         jnp.repeat(block_length, kv_heads, axis=0),
         split(query),
-        chosen,
+        key_work.split_indices(indices, **sizes),
         split(reach),
     )
     output, log_sum_exp = lax.map(jax.custom_batching.sequential_vmap(attend_head), heads)

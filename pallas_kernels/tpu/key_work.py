@@ -269,6 +269,15 @@ def split_heads(array: jax.Array, kv_heads: int, num_chunks: int, chunk_rows: in
     return array.reshape(batch * kv_heads, num_chunks, chunk_rows, size)
 
 
+def split_indices(indices: jax.Array, kv_heads: int, num_chunks: int, chunk_rows: int) -> jax.Array:
+    """`[batch, heads, queries, top_k]` to `[batch * kv_heads, chunks, top_k, chunk_rows]`, -1 behind the last query.
+
+    Rows lie along lanes, as the router writes them; few numbers a row would fill few lanes.
+    """
+    indices = split_heads(indices.swapaxes(1, 2) + 1, kv_heads, num_chunks, chunk_rows) - 1
+    return indices.swapaxes(2, 3)
+
+
 def join_heads(array: jax.Array, batch: int, num_queries: int, num_heads: int) -> jax.Array:
     """Undoes `split_heads`."""
     num_rows, size = array.shape[0], array.shape[-1]
@@ -298,13 +307,13 @@ def make_pieces(
     """Cuts chosen blocks into pieces, for one batch row.
 
     Args:
-      indices: int32 `[rows, top_k]`, the blocks of each row, -1 for none.
+      indices: int32 `[top_k, rows]`, the blocks of each row, -1 for none.
       block_start: int32 `[blocks]`, place of a block's first key.
       block_length: int32 `[blocks]`, keys in the block.
       cut: of the keys.
 
     Returns:
-      Ids of pieces in the order of their places, int32 `[rows, top_k or twice as many]`, and the pieces.
+      Ids of pieces in the order of their places, int32 `[top_k or twice as many, rows]`, and the pieces.
     """
     block_stop = block_start + block_length
     if cut.is_aligned:
@@ -314,7 +323,7 @@ def make_pieces(
     middle = jnp.minimum((stretch + 1) * cut.stretch_size, block_stop)
     pairs = (stretch, stretch + 1), (block_start, middle), (middle, block_stop)
     pieces = Pieces(*(jnp.stack(pair, axis=1).reshape(-1) for pair in pairs))
-    is_cut = (middle < block_stop).at[indices].get(mode="fill", fill_value=False)  # [rows, top_k]
+    is_cut = (middle < block_stop).at[indices].get(mode="fill", fill_value=False)  # [top_k, rows]
     first = jnp.where(indices < 0, -1, 2 * indices)
     second = jnp.where((indices < 0) | ~is_cut, -1, 2 * indices + 1)
-    return jnp.concatenate([first, second], axis=1), pieces
+    return jnp.concatenate([first, second], axis=0), pieces

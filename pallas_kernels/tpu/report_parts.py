@@ -169,7 +169,7 @@ def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tu
         places = key_work.Pieces(numbers, numbers, numbers)
         return cut_tiles.make_tiles(ids, places, tile_size=tile, tiles_per_step=1024 // tile, fixed_batches=batches)
 
-    return cut, [((rows, top_k), jnp.int32), ((pieces,), jnp.int32)]
+    return cut, [((top_k, rows), jnp.int32), ((pieces,), jnp.int32)]
 
 
 def _pack(rows: int) -> tuple:

@@ -19,7 +19,7 @@ def test_tiles_hold_each_piece_s_rows_in_order(tile_size, interpret):
     start = np.arange(num_pieces, dtype=np.int32) * 10
     pieces = Pieces(np.arange(num_pieces, dtype=np.int32)[::-1].copy(), start, start + 7)
     options = {"tile_size": tile_size, "tiles_per_step": tiles_per_step, "interpret": interpret}
-    tiles = make_tiles(ids.astype(np.int32), pieces, **options)
+    tiles = make_tiles(ids.T.astype(np.int32), pieces, **options)
 
     expected = []
     for piece in range(num_pieces):
