@@ -80,6 +80,7 @@ def attend_backward(
     chunk = chunks.plan(
         num_rows,
         row_bytes=4 * (LANES * parts + lanes),
+        row_multiple=8,
         slot_bytes=4 * (2 * LANES * parts + 8 * cut.stretch_size + 4 * lanes),
         tile_bytes=12 * 4 * cut.stretch_size * lanes,
         pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
@@ -88,8 +89,8 @@ def attend_backward(
         slots_per_step=1,
         config=config,
     )
-    sizes = {"kv_heads": kv_heads, "num_chunks": -(-num_rows // chunk.rows), "chunk_rows": chunk.rows}
-    split = functools.partial(key_work.split_heads, **sizes)
+    num_chunks = -(-num_rows // chunk.rows)
+    split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
     reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)
@@ -128,7 +129,7 @@ def attend_backward(
         key_work.split_keys(value, cut.stretch_size),
         jnp.repeat(block_start, kv_heads, axis=0),
         jnp.repeat(block_length, kv_heads, axis=0),
-        key_work.split_indices(indices, **sizes),
+        key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
         split(query),
         split(d_output.astype(query.dtype)),
         split(reach),

@@ -16,6 +16,7 @@ from pallas_kernels.tpu.key_work import SPARE_ROWS, round_up
 SMALLEST_CHIP = 64 << 20  # v5p, tpu7x; v5e and v6e have twice as much
 _RESERVED = 6 << 20  # for the compiler and small buffers
 _LARGEST_STEP = 20 << 20
+_COPIED_ROWS = 1024  # a multiple of these, where there are as many, is copied in long pieces
 _FULL_TILES = 4  # so many whole tiles a piece make long tiles pay
 
 
@@ -32,6 +33,7 @@ def plan(
     num_rows: int,
     *,
     row_bytes: int,
+    row_multiple: int,
     slot_bytes: int,
     tile_bytes: int,
     pairs_per_row: int,
@@ -45,6 +47,7 @@ def plan(
     Args:
       num_rows: rows of a key/value head.
       row_bytes: on-chip bytes of a row of the chunk.
+      row_multiple: a chunk has a multiple of so many rows.
       slot_bytes: on-chip bytes that a step needs for each pair.
       tile_bytes: and for each tile.
       pairs_per_row: pieces that a row may choose.
@@ -54,7 +57,7 @@ def plan(
       config: sizes of the kernels.
 
     Raises:
-      NotImplementedError: not even 8 rows fit.
+      NotImplementedError: not even row_multiple rows fit.
     """
     shortest = tile_sizes[-1]
 
@@ -74,12 +77,14 @@ def plan(
         rows = min(rows, (entries - num_pieces) * shortest // pairs_per_row)
     else:  # tiles <= pairs / tile_size + pairs
         rows = min(rows, entries * shortest // ((shortest + 1) * pairs_per_row))
-    if rows < 8:
+    if rows < row_multiple:
         raise NotImplementedError(
-            "the TPU kernels keep at least 8 queries and the numbers of their tiles on chip, got "
+            f"the TPU kernels keep at least {row_multiple} queries and the numbers of their tiles on chip, got "
             f"{pairs_per_row} pairs and {row_bytes} bytes a query"
         )
-    rows = round_up(-(-num_rows // -(-num_rows // (rows // 8 * 8))), 8)
+    if min(rows, num_rows) >= _COPIED_ROWS:
+        row_multiple = _COPIED_ROWS
+    rows = round_up(-(-num_rows // -(-num_rows // (rows // row_multiple * row_multiple))), row_multiple)
     longest = tile_sizes[0]
     tile_size = longest if rows * pairs_per_row >= _FULL_TILES * longest * num_pieces else shortest
     return Chunk(rows, tile_size, max(tiles * shortest // tile_size, 1), chunk_bytes + _RESERVED + step_bytes(tiles))

@@ -1,7 +1,7 @@
 """Attention for choices made per query, on a TPU: cuts heads into chunks and chunks into tiles, and joins the results.
 
 Each chunk of each key/value head goes through the kernels of `forward_kernels`, one after the other. Around the kernel
-a chunk costs XLA a sort of its pairs, their cut into tiles (`cut_tiles`), queries made words, and sums made outputs.
+a chunk costs XLA a sort of its pairs, and their cut into tiles (`cut_tiles`).
 """
 
 import functools
@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu import chunks, forward_kernels, key_work
+from pallas_kernels.tpu import chunk_rows, chunks, forward_kernels, key_work
 from pallas_kernels.tpu.cut_tiles import make_tiles
-from pallas_kernels.tpu.key_work import LANES, LOG2_E, Tiles
+from pallas_kernels.tpu.key_work import LANES, LOG2_E, SPARE_ROWS, Tiles
 
 # Largest |logit| * log2(e) of the kernel without a maximum. Sums of up to 2^24 weights of at most 2^80, times values up
 # to 2^23, stay below the largest float32; the smallest total, 2^-80, leaves 46 binary orders above the smallest normal.
@@ -76,6 +76,7 @@ def attend_forward(
     chunk = chunks.plan(
         num_rows,
         row_bytes=4 * LANES * (parts + state_parts),
+        row_multiple=chunk_rows.GROUP,
         # Fetched row and result, and what the compiler keeps: unpacked rows, logits and weights, results.
         slot_bytes=4 * (LANES * (2 * parts + 3 * state_parts) + 3 * cut.stretch_size),
         tile_bytes=4 * cut.stretch_size * key_work.round_up(head_dim, LANES) * query.dtype.itemsize,
@@ -85,8 +86,8 @@ def attend_forward(
         slots_per_step=config.slots_per_step,
         config=config,
     )
-    sizes = {"kv_heads": kv_heads, "num_chunks": -(-num_rows // chunk.rows), "chunk_rows": chunk.rows}
-    split = functools.partial(key_work.split_heads, **sizes)
+    num_chunks = -(-num_rows // chunk.rows)
+    split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
     reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
 
     def attend_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -94,28 +95,25 @@ def attend_forward(
         largest_key = _largest_norm(key_value[:, 0])
 
         def attend_chunk(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            query, indices, key_stop = arrays  # [chunk_rows, head_dim], [top_k, chunk_rows], [chunk_rows, 1]
+            query, indices, key_stop = arrays  # [chunk_rows, head_dim], [top_k, chunk_rows], [chunk_rows]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(
                 ids, pieces, tile_size=chunk.tile_size, tiles_per_step=chunk.tiles_per_step, interpret=interpret
             )
-            rows = key_work.pack_rows(query, key_stop)
             attend = functools.partial(
                 attend_tiles,
-                head_dim=head_dim,
                 is_aligned=cut.is_aligned,
                 scale=scale,
                 vmem_bytes=chunk.vmem_bytes,
                 interpret=interpret,
             )
             bound = _largest_norm(query) * largest_key * (abs(scale) * LOG2_E)
-            state = lax.cond(
+            return lax.cond(
                 bound <= FIXED_RANGE,
                 functools.partial(attend, has_maximum=False),
                 functools.partial(attend, has_maximum=True),
-                *(rows, key_value, tiles),
+                *(query, key_stop, key_value, tiles),
             )
-            return finish(state, chunk.rows, head_dim, query.dtype)
 
         return lax.map(attend_chunk, tuple(chunks))
 
@@ -126,33 +124,33 @@ def attend_forward(
         jnp.repeat(block_start, kv_heads, axis=0),
         jnp.repeat(block_length, kv_heads, axis=0),
         split(query),
-        key_work.split_indices(indices, **sizes),
-        split(reach),
+        key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
+        split(reach)[..., 0],
     )
     output, log_sum_exp = lax.map(jax.custom_batching.sequential_vmap(attend_head), heads)
     join = functools.partial(key_work.join_heads, batch=batch, num_queries=num_queries, num_heads=num_heads)
-    return join(output), join(log_sum_exp)[..., 0]
+    return join(output), join(log_sum_exp[..., None])[..., 0]
 
 
 def attend_tiles(
-    rows: jax.Array,
+    query: jax.Array,
+    key_stop: jax.Array,
     key_value: jax.Array,
     tiles: Tiles,
     *,
-    head_dim: int,
     has_maximum: bool,
     is_aligned: bool,
     scale: float,
     vmem_bytes: int,
     interpret: Any = False,
-) -> jax.Array:
-    """One chunk: what the tiles add up to for each row.
+) -> tuple[jax.Array, jax.Array]:
+    """One chunk: attention of each row over its tiles.
 
     Args:
-      rows: uint32 `[(chunk_rows + 8) * parts, 128]`, from `key_work.pack_rows`: query, key_stop.
+      query: `[chunk_rows, head_dim]`, a multiple of 128 rows.
+      key_stop: int32 `[chunk_rows]`.
       key_value: `[stretches, 2, stretch_size, lanes]`: keys, then zeros; values, then ones, last a zero.
       tiles: of the chunk.
-      head_dim: of the queries.
       has_maximum: whether to take the kernel with the true running maximum.
       is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
       scale: factor of the logits.
@@ -160,36 +158,38 @@ def attend_tiles(
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
-      float32 `[(chunk_rows + 8) * state_parts, 128]`: output (not divided), sum of weights, maximum (times log2 e).
+      Output like query, and log-sum-exp, float32 `[chunk_rows]`.
     """
-    stretch_size = key_value.shape[2]
+    num_rows, head_dim = query.shape
     _, num_tiles, tile_size = tiles.row.shape
-    parts = key_work.parts_of(key_work.words_of(head_dim, key_value.dtype) + 1)
+    parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
     state_parts = key_work.parts_of(head_dim + 2)
-    state_shape = rows.shape[0] // parts * state_parts, LANES
     num_slots = num_tiles * tile_size
+    piece_rows = chunk_rows.piece_rows(num_rows, head_dim, query.dtype)
+    query = query.reshape(-1, piece_rows, head_dim)
+    key_stop = key_stop.reshape(-1, piece_rows // LANES, LANES)
 
     def numbers(ahead: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, num_tiles, tile_size), lambda step, *_: (step + ahead, 0, 0), memory_space=pltpu.SMEM)
 
-    return pl.pallas_call(
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    output, log_sum_exp = pl.pallas_call(
         functools.partial(
             forward_kernels.kernel_running if has_maximum else forward_kernels.kernel_fixed,
-            step=forward_kernels.Step(num_tiles, tile_size, head_dim, stretch_size, is_aligned, scale),
+            step=forward_kernels.Step(num_tiles, tile_size, head_dim, key_value.shape[2], is_aligned, scale),
         ),
-        out_shape=jax.ShapeDtypeStruct(state_shape, jnp.float32),
+        out_shape=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct(key_stop.shape, jnp.float32),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(tiles.num_steps,),
-            in_specs=[
-                numbers(0),
-                numbers(0),
-                numbers(1),
-                pl.BlockSpec(rows.shape, lambda step, *_: (0, 0), pipeline_mode=pl.Buffered(1)),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=pl.BlockSpec(state_shape, lambda step, *_: (0, 0), pipeline_mode=pl.Buffered(1)),
+            in_specs=[numbers(0), numbers(0), numbers(1), in_hbm, in_hbm, in_hbm],
+            out_specs=(in_hbm, in_hbm),
             scratch_shapes=[
+                pltpu.VMEM(((num_rows + SPARE_ROWS) * parts, LANES), jnp.uint32),
+                pltpu.VMEM(((num_rows + SPARE_ROWS) * state_parts, LANES), jnp.float32),
                 pltpu.VMEM((2, num_tiles, *key_value.shape[1:]), key_value.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.VMEM((num_slots * parts, LANES), jnp.uint32),
@@ -206,8 +206,9 @@ def attend_tiles(
     )(
         *(tiles.stretch, tiles.start, tiles.stop),
         *(tiles.row * state_parts, tiles.row * parts, tiles.row * parts),
-        *(rows, key_value),
+        *(query, key_stop, key_value),
     )
+    return output.reshape(num_rows, head_dim), log_sum_exp.reshape(num_rows)
 
 
 def _add_ones(value: jax.Array) -> jax.Array:
@@ -224,16 +225,3 @@ def _add_ones(value: jax.Array) -> jax.Array:
 def _largest_norm(array: jax.Array) -> jax.Array:
     """Largest Euclidean norm of the rows `[..., head_dim]`, scalar float32; NaN if there is one."""
     return jnp.sqrt(jnp.square(array.astype(jnp.float32)).sum(-1).max())
-
-
-def finish(state: jax.Array, num_rows: int, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Output `[num_rows, head_dim]` and log-sum-exp `[num_rows, 1]` from what `attend_tiles` gave."""
-    # Row by row before anything else: fused with what follows, XLA moves part by part what it could move row by row.
-    state = lax.optimization_barrier(state.reshape(-1, key_work.parts_of(head_dim + 2), LANES))
-    state = state.reshape(state.shape[0], -1)
-    total, largest = state[:, head_dim : head_dim + 1], state[:, -1:]
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1, total)
-    log_sum_exp = jnp.where(is_empty, -jnp.inf, largest / LOG2_E + jnp.log(total))
-    output = jnp.where(is_empty, 0, state[:, :head_dim] / total).astype(dtype)
-    return output[:num_rows], log_sum_exp[:num_rows]

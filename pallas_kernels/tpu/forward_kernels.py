@@ -4,7 +4,8 @@ Tiling. A chunk of rows (a row is one query of one head; some 70000 in 128 MiB, 
 its float32 accumulator. The grid walks the chunk's (query, block) pairs sorted by block, 1024 slots a step: 8 tiles of
 128 pairs or 16 of 64 (`chunks`), each tile of one stretch of keys. A step computes q k^T, exp2 and p [v | 1] of all its
 tiles, adds the results, one by one, to the rows of the accumulator, and meanwhile fetches the next step's queries, one
-by one, out of the chunk. Nothing is gathered in XLA, no partial result goes to HBM, and there is no merge. The grid has
+by one, out of the chunk. The first step begins by loading the chunk, the last one ends by dividing the sums and storing
+outputs (`chunk_rows`). Nothing is gathered in XLA, no partial result goes to HBM, and there is no merge. The grid has
 as many steps as the choice needs (a traced number). The own block is one of the chosen ones; every tile masks, which
 costs a tenth of a cycle a pair.
 
@@ -40,7 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import key_work
+from pallas_kernels.tpu import chunk_rows, key_work
 from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT
 
 # The logit of a key out of sight. Finite, so that differences are; no real logit comes near it.
@@ -66,8 +67,12 @@ def kernel_fixed(
     sum_ref: Any,  # SMEM [1, tiles of a step, tile_size]: first part of each slot's row of the state
     row_ref: Any,  # SMEM, those of the queries
     next_row_ref: Any,  # SMEM, those of the queries of the next step
-    rows_ref: Any,  # [(chunk_rows + 8) * parts, 128]
+    query_hbm: Any,  # HBM [pieces, piece_rows, head_dim]
+    key_stop_hbm: Any,  # HBM [pieces, piece_rows / 128, 128]
     key_value_hbm: Any,  # HBM [stretches, 2, stretch_size, lanes]
+    output_hbm: Any,  # HBM [pieces, piece_rows, head_dim]
+    log_sum_exp_hbm: Any,  # HBM [pieces, piece_rows / 128, 128]
+    rows_ref: Any,  # [(chunk_rows + 8) * parts, 128]
     state_ref: Any,  # [(chunk_rows + 8) * state_parts, 128]
     key_value_ref: Any,  # [2, tiles of a step, 2, stretch_size, lanes]
     semaphore: Any,  # DMA [2]
@@ -82,6 +87,7 @@ def kernel_fixed(
 
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
         key_work.fill_rows(state_ref, jnp.zeros((state_parts, LANES), jnp.float32))
         key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
 
@@ -96,6 +102,10 @@ def kernel_fixed(
 
     key_work.add_rows(sum_ref, result_ref, state_ref, fetch=(next_row_ref, rows_ref, fetched_ref))
 
+    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+    def _() -> None:
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
+
 
 def kernel_running(
     stretch_ref: Any,
@@ -104,8 +114,12 @@ def kernel_running(
     sum_ref: Any,
     row_ref: Any,
     next_row_ref: Any,
-    rows_ref: Any,
+    query_hbm: Any,
+    key_stop_hbm: Any,
     key_value_hbm: Any,
+    output_hbm: Any,
+    log_sum_exp_hbm: Any,
+    rows_ref: Any,
     state_ref: Any,
     key_value_ref: Any,
     semaphore: Any,
@@ -127,6 +141,7 @@ def kernel_running(
     def _() -> None:
         place = lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 0) * LANES
         place += lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 1)
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
         key_work.fill_rows(state_ref, jnp.where(place == lanes - 1, _OUT_OF_SIGHT, 0.0))
 
     key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
@@ -147,6 +162,10 @@ def kernel_running(
         key_work.write_rows(result_ref, 0, jnp.where(lane == lanes - 1, largest, new), state_parts)
         for row, place in zip(rows, places, strict=True):
             state_ref[row, :] = result_ref[place, :]
+
+    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+    def _() -> None:
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
 
 
 def _load_keys(stretch_ref: Any, key_value_hbm: Any, key_value_ref: Any, semaphore: Any) -> list[Any]:

@@ -107,11 +107,11 @@ def parts_of(num_words: int) -> int:
 
 def to_words(array: jax.Array) -> jax.Array:
     """`[..., head_dim]` float32 or bfloat16 to uint32 `[..., words]`; two bfloat16 a word, the lower half first."""
+    bits = lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
     if array.dtype == jnp.float32:
-        return lax.bitcast_convert_type(array, jnp.uint32)
+        return bits
     half = array.shape[-1] // 2
-    bits = lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32)
-    return bits[..., :half] | (bits[..., half:] << 16)
+    return (bits[..., :half] >> 16) | bits[..., half:]
 
 
 def pack_rows(*parts: jax.Array) -> jax.Array:

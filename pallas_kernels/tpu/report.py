@@ -6,7 +6,7 @@ tables that it prints. Takes about ten minutes on one core.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.config import KEY_MAJOR
 from pallas_kernels.tpu import chunks
@@ -46,11 +46,23 @@ What the figures are worth:
 """
 
 
-def _slope(part: str, few: int, many: int, slots: int, **sizes: Any) -> tuple[float, float, Measured]:
-    """Cycles a slot in a step, cycles paid once for each row of the chunk, and one of the two measurements."""
-    low, high = (measure(part, reads_memory=True, rows=8192, steps=steps, **sizes) for steps in (few, many))
-    step = (high.named("attend") - low.named("attend")) / (many - few)
-    return step / slots, (low.named("attend") - few * step) / 8192, low
+class Cost(NamedTuple):
+    """Cycles of a kernel."""
+
+    slot: float  # in a step
+    row: float  # once for each row of a chunk
+    chunk: float  # once
+
+
+def _cost(part: str, few: int, many: int, slots: int, **sizes: Any) -> tuple[Cost, Measured]:
+    """Of a part by its number of steps and rows, and the measurement with few of both."""
+    low = measure(part, reads_memory=True, rows=8192, steps=few, **sizes)
+    more_steps, more_rows = (
+        measure(part, rows=rows, steps=steps, **sizes) for rows, steps in ((8192, many), (12288, few))
+    )
+    step = (more_steps.named("attend") - low.named("attend")) / (many - few)
+    row = (more_rows.named("attend") - low.named("attend")) / 4096
+    return Cost(step / slots, row, low.named("attend") - few * step - 8192 * row), low
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
@@ -59,33 +71,32 @@ def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     print(flush=True)
 
 
-def _key_major() -> tuple[dict[tuple[int, int], tuple[float, float]], dict[int, tuple[float, float]]]:
-    """Cycles a slot, and paid once a row: forward by (block_size, tile), backward by block_size."""
-    forward: dict[tuple[int, int], tuple[float, float]] = {}
-    backward: dict[int, tuple[float, float]] = {}
+def _key_major() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
+    """Forward by (block_size, tile), backward by block_size."""
+    forward: dict[tuple[int, int], Cost] = {}
+    backward: dict[int, Cost] = {}
     rows: list[tuple[object, ...]] = []
     for block_size, _ in CHOICES:
         for tile in FORWARD_TILES:
-            slot, once, found = _slope("forward", 4, 8, 1024, tile=tile, block_size=block_size)
-            forward[block_size, tile] = slot, once
-            rows.append(("attend_fixed", block_size, tile, slot, once, *found.kernel("attend")))
+            cost, found = _cost("forward", 4, 8, 1024, tile=tile, block_size=block_size)
+            forward[block_size, tile] = cost
+            rows.append(("attend_fixed", block_size, tile, *cost[:2], round(cost.chunk), *found.kernel("attend")))
         tile = KEY_MAJOR.backward_tile_size
-        slot, once, found = _slope("backward", 8, 24, tile, tile=tile, block_size=block_size)
-        backward[block_size] = slot, once
-        rows.append(("attend_backward", block_size, tile, slot, once, *found.kernel("attend")))
-    slot, once, found = _slope("forward", 4, 8, 1024, tile=128, has_maximum=True)
-    rows.append(("attend_running", 128, 128, slot, once, *found.kernel("attend")))
-    header = "kernel", "block", "pairs a tile", "cycles a slot", "once a row", "bytes of VMEM", "of these for spills"
-    _table(header, rows)
-    add, fetch = (_slope("forward", 4, 8, 1024, tile=128, without=name)[0] for name in ("add", "fetch"))
-    print(f"In the step at block 128, tiles of 128: {forward[128, 128][0]:.2f} in all, {add:.2f} without adding")
+        cost, found = _cost("backward", 8, 24, tile, tile=tile, block_size=block_size)
+        backward[block_size] = cost
+        rows.append(("attend_backward", block_size, tile, *cost[:2], round(cost.chunk), *found.kernel("attend")))
+    cost, found = _cost("forward", 4, 8, 1024, tile=128, has_maximum=True)
+    rows.append(("attend_running", 128, 128, *cost[:2], round(cost.chunk), *found.kernel("attend")))
+    sizes = "kernel", "block", "pairs a tile"
+    _table((*sizes, "cycles a slot", "once a row", "once a chunk", "bytes of VMEM", "of these for spills"), rows)
+    add, fetch = (_cost("forward", 4, 8, 1024, tile=128, without=name)[0].slot for name in ("add", "fetch"))
+    print(f"In the step at block 128, tiles of 128: {forward[128, 128].slot:.2f} in all, {add:.2f} without adding")
     print(f"rows, {fetch:.2f} without fetching those of the next step; the two overlap.\n")
     return forward, backward
 
 
 def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float]) -> None:
     """Tables of the whole forward and backward passes."""
-    row_cost = {part: sum(measure(part, rows=32768).cycles.values()) / 32768 for part in ("pack", "finish")}
     for block_size, top_k in CHOICES:
         print(f"Forward, cycles a real (query, chosen block) pair, block {block_size}, top_k {top_k}:\n")
         rows: list[tuple[object, ...]] = []
@@ -95,6 +106,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             chunk = chunks.plan(
                 tokens,
                 row_bytes=1536,
+                row_multiple=128,
                 slot_bytes=4 * (128 * 8 + 3 * block_size),
                 tile_bytes=8 * block_size * 128,
                 pairs_per_row=top_k,
@@ -104,7 +116,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
                 config=KEY_MAJOR,
             )
             pairs = chunk.rows * top_k
-            slot, once = forward[block_size, chunk.tile_size]
+            cost = forward[block_size, chunk.tile_size]
             tiles = pairs / num_blocks / chunk.tile_size + 0.5
             sizes: dict[str, Any] = {
                 "pieces": num_blocks,
@@ -114,10 +126,9 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             schedule = measure("schedule", rows=chunk.rows, top_k=top_k, **sizes)
             cut = schedule.named("cut_tiles")
             parts = (
-                slot,
-                slot * chunk.tile_size / 2 * num_blocks / pairs,
-                once / top_k,
-                sum(row_cost.values()) / top_k,
+                cost.slot,
+                cost.slot * chunk.tile_size / 2 * num_blocks / pairs,
+                (cost.row * chunk.rows + cost.chunk) / pairs,
                 (sum(schedule.cycles.values()) - cut) / pairs,
                 cut / min(num_blocks, 512) * num_blocks / pairs,
             )
@@ -127,10 +138,11 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             )
             if block_size == 128:
                 rows[-1] += (router[tokens], dense / (ours + top_k * router[tokens]))
-            slot, once = backward[block_size]
-            whole = slot * (1 + KEY_MAJOR.backward_tile_size / 2 * num_blocks / pairs) + once / top_k
-            backward_rows.append((tokens, slot, whole, whole / sum(parts)))
-        named = "in the step", "padding", "load, clear, store", "pack, finish", "sort, count", "cut", "all"
+            cost = backward[block_size]
+            padding = cost.slot * KEY_MAJOR.backward_tile_size / 2 * num_blocks / pairs
+            whole = cost.slot + padding + (cost.row * chunk.rows + cost.chunk) / pairs
+            backward_rows.append((tokens, cost.slot, whole, whole / sum(parts)))
+        named = "in the step", "padding", "load, finish", "sort, count", "cut", "all"
         more = ("router, a pair", "ratio with it") if block_size == 128 else ()
         header = ("tokens", "chunk rows", "tile", *named, "a query", "splash, causal, a query", "ratio", *more)
         _table(header, rows)
@@ -140,30 +152,35 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
 
 def _router() -> dict[int, float]:
     """Cycles a pair of the router at block 128, top_k 8, causal, by tokens."""
-    few, many = (measure("router", reads_memory=True, extractions=number) for number in (0, 1))
-    tiles = 256 * 128 // 512
-    extraction = (many.named("moba_route") - few.named("moba_route")) / tiles
-    stretch = few.named("moba_route") / tiles
-    means = (sum(few.cycles.values()) - few.named("moba_route")) / (256 * 128)  # a token
 
     def extractions(stretches: int) -> float:
-        """Expected largest number among 512 queries of the best 8 that lie in the newest of so many stretches."""
+        """Expected largest number, 8 at most, among 512 queries of newest blocks above the older stretches' best 8."""
         chance = 1 / stretches
-        terms = [math.comb(8, number) * chance**number * (1 - chance) ** (8 - number) for number in range(9)]
-        return sum(1 - min(1.0, sum(terms[:number])) ** 512 for number in range(1, 9))
+        terms = [math.comb(number + 7, 7) * chance**number * (1 - chance) ** 8 for number in range(8)]
+        return sum(1 - sum(terms[:number]) ** 512 for number in range(1, 9))
 
-    print("Router, block 128, top_k 8, causal; a stretch is 256 blocks for 512 queries:")
-    print(f"{stretch:.0f} cycles a stretch, {extraction:.0f} an extraction; means and copies {means:.2f} a token;")
-    print("{} bytes of VMEM, {} of these for spills.\n".format(*many.kernel("moba_route")))
+    print("Router, block 128, top_k 8, causal; a stretch is 256 blocks, or all if fewer, for 512 queries:\n")
     rows: list[tuple[object, ...]] = []
     cycles = {}
     for tokens in TOKENS:
-        most = max(1, tokens // (256 * 128))
+        measured = min(tokens, 256 * 128)
+        few, many, cut = (
+            measure("router", tokens=measured, extractions=number, is_cut=is_cut)
+            for number, is_cut in ((1, False), (8, False), (1, True))
+        )
+        tiles, router = measured // 512, few.named("moba_route")
+        extraction = (many.named("moba_route") - router) / tiles / 7
+        mask = (cut.named("moba_route") - router) / tiles
+        stretch = router / tiles - extraction  # one extraction is always done
+        means = (sum(few.cycles.values()) - router) / measured  # a token
+        most = tokens // measured
         costs = [stretch + extraction * extractions(number) for number in range(1, most + 1)]
-        seen = sum(sum(costs[:number]) for number in range(1, most + 1)) / most  # a tile sees half of them
+        seen = sum(sum(costs[:number]) + mask for number in range(1, most + 1)) / most  # a tile sees half of them
         cycles[tokens] = (seen / 512 + means) / 8
-        rows.append((tokens, most, seen / 512, cycles[tokens] * 8, cycles[tokens]))
-    _table(("tokens", "stretches", "scores and choice, a query", "all, a query", "a pair"), rows)
+        numbers = most, stretch, mask, extraction, sum(map(extractions, range(1, most + 1))) / most
+        rows.append((tokens, *numbers, seen / 512, means, cycles[tokens] * 8, cycles[tokens]))
+    header = "tokens", "stretches", "a stretch", "its mask", "an extraction", "extractions a stretch"
+    _table((*header, "scores and choice, a query", "means and copies", "all, a query", "a pair"), rows)
     return cycles
 
 

@@ -116,12 +116,12 @@ def _forward(
     if without:
         key_work.add_rows = {"fetch": add_only, "add": fetch_only}[without]  # type: ignore[assignment]
 
-    def attend(packed: Any, key_value: Any, table: Any, numbers: Any) -> Any:
+    def attend(query: Any, key_stop: Any, key_value: Any, table: Any, numbers: Any) -> Any:
         return forward.attend_tiles(
-            packed,
+            query,
+            key_stop,
             key_value,
             key_work.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
-            head_dim=HEAD_DIM,
             has_maximum=has_maximum,
             is_aligned=True,
             scale=HEAD_DIM**-0.5,
@@ -129,7 +129,8 @@ def _forward(
         )
 
     return attend, [
-        ((rows + 8, 128), jnp.uint32),
+        ((rows, HEAD_DIM), jnp.bfloat16),
+        ((rows,), jnp.int32),
         ((64, 2, block_size, HEAD_DIM), jnp.bfloat16),
         ((steps + 1, tiles_per_step, tile), jnp.int32),
         (((steps + 1) * tiles_per_step,), jnp.int32),
@@ -172,24 +173,8 @@ def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tu
     return cut, [((top_k, rows), jnp.int32), ((pieces,), jnp.int32)]
 
 
-def _pack(rows: int) -> tuple:
-    import jax.numpy as jnp
-
-    from pallas_kernels.tpu import key_work
-
-    return key_work.pack_rows, [((rows, HEAD_DIM), jnp.bfloat16), ((rows, 1), jnp.int32)]
-
-
-def _finish(rows: int) -> tuple:
-    import jax.numpy as jnp
-
-    from pallas_kernels.tpu import forward
-
-    return lambda state: forward.finish(state, rows, HEAD_DIM, jnp.bfloat16), [(((rows + 8) * 2, 128), jnp.float32)]
-
-
-def _router(extractions: int) -> tuple:
-    """32768 queries and one stretch of 256 blocks of 128 keys, which every query sees."""
+def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
+    """All tokens as queries, and as keys one stretch of at most 256 blocks of 128; masked only if is_cut."""
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
@@ -198,24 +183,24 @@ def _router(extractions: int) -> tuple:
     from pallas_kernels.tpu import routing
 
     def fixed_grid(*, grid: tuple, **options: Any) -> Any:
-        """One stretch for each tile of queries, two groups of 128 blocks: what is only known at run time."""
-        lengths = {2: 2, 3: 1}
+        """One stretch for each tile of queries, all groups of 128 blocks: what is only known at run time."""
+        lengths = {2: max(1, tokens // 128 // 128), 3: 1}
         fixed = tuple(size if isinstance(size, int) else lengths[axis] for axis, size in enumerate(grid))
         return pltpu.PrefetchScalarGridSpec(grid=fixed, **options)
 
-    def extract(_: Any, body: Any, first: Any) -> Any:
-        return lax.fori_loop(0, extractions, lambda _, carry: body(carry), first)
+    def extract(start: int, stop: Any, body: Any, carry: Any) -> Any:
+        """A fixed number in front of the loop of unknown length, which counts as 0 but makes its length be computed."""
+        return lax.fori_loop(start, stop, body, lax.fori_loop(start, extractions, body, carry))
 
-    routing.lax = _with(lax, while_loop=extract)
+    routing.lax = _with(lax, fori_loop=extract, cond=lambda _, cut, whole: (cut if is_cut else whole)())
     routing.pl = _with(pl, when=_always)
     routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)
-    tokens = 256 * 128
 
     def route(query: Any, block: Any, reach: Any) -> Any:
         places = {"block_start": block, "block_length": block, "first_block": reach, "last_block": reach}
         return routing.route(query, query, **places, block_size=128, top_k=8, is_causal=True)
 
-    return route, [((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, 256), jnp.int32), ((1, tokens), jnp.int32)]
+    return route, [((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens // 128), jnp.int32), ((1, tokens), jnp.int32)]
 
 
 def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_masked: bool, backward: bool) -> tuple:
@@ -320,8 +305,6 @@ PARTS: dict[str, Callable[..., tuple]] = {
     "forward": _forward,
     "backward": _backward,
     "schedule": _schedule,
-    "pack": _pack,
-    "finish": _finish,
     "router": _router,
     "tiles": _tiles,
     "splash": _splash,

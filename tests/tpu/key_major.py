@@ -9,13 +9,13 @@ from sparse_attn.attention import _prepare
 from tests import cases, oracle
 from tests.cases import Case
 
-# Several chunks of 64 rows or fewer, several tiles a chunk, several tiles a step.
+# Several chunks (forward, where a chunk has at least 128 rows: of the one case that has more), tiles and steps.
 SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32, chunk_bytes=72 * 1024)
 
 CASES = (
     Case("packed", batch=2, queries=18, keys=27, heads=4, head_dim=64, block_size=16, top_k=3, sequences="mixed"),
     Case("lengths", queries=33, keys=50, head_dim=128, block_size=32, dtype="bfloat16", sequences="lengths"),
-    Case("odd_blocks", batch=1, queries=21, keys=50, head_dim=96, block_size=24, top_k=3, is_causal=False, scale=0.13),
+    Case("odd_blocks", batch=1, queries=133, keys=50, head_dim=96, block_size=24, top_k=3, is_causal=False, scale=0.13),
     Case("wide", batch=1, queries=16, keys=60, head_dim=256, block_size=16, top_k=3),
     Case("wide_bfloat16", batch=1, queries=12, keys=60, head_dim=256, block_size=48, top_k=2, dtype="bfloat16"),
 )

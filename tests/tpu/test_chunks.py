@@ -6,7 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.config import KEY_MAJOR
 from pallas_kernels.tpu import chunks
 
-ROW = {"row_bytes": 1536, "slot_bytes": 5632, "tile_bytes": 1 << 17, "pairs_per_row": 8}
+ROW = {"row_bytes": 1536, "row_multiple": 128, "slot_bytes": 5632, "tile_bytes": 1 << 17, "pairs_per_row": 8}
 TILES = {"tile_sizes": (128, 64), "slots_per_step": 1024, "config": KEY_MAJOR}
 
 
