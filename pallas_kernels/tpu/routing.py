@@ -13,12 +13,21 @@ Scores and choice. Grid (batch, query head, tile of 512 queries, step). A step t
 [256, head_dim] and the queries [512, head_dim] in VMEM, and computes scores [256, 512] in float32 at highest precision:
 blocks along sublanes and queries along lanes, so that a maximum over blocks is elementwise and whatever is kept per
 query is a row of lanes. The best so far, [top_k, 512] scores and ids in falling order, stays in VMEM over the steps.
-A stretch is merged by repeated extraction: take each query's best remaining block, insert it into the list at its place
-(compare, shift by one sublane, select), strike it out, and stop when no query's next best beats the last of its list.
-Order gives the tie rule: stretches rise, extraction takes the lowest id among equals, insertion goes behind equals.
-A tile visits only the stretches that one of its queries may see (scalar prefetch); other steps compute nothing.
-An extraction reads every score once, about eight operations each, and a stretch takes at most top_k of them, later ones
-fewer; the product takes three (bfloat16) or six passes of the MXU: bound by the vector unit from a top_k of about 4 on.
+The MXU multiplies bfloat16, and three such numbers hold a float32: for bfloat16 queries the pieces of the means lie
+side by side, [256, 3 head_dim], against the queries three times, and one product adds them up.
+
+A stretch is merged in two parts. Sort: four consecutive blocks are a column; exchanges of neighbours sort it for every
+query. Columns lie along sublanes, their four levels in four arrays [64, 512] (rows of the means are reordered for
+that), so that an exchange is elementwise. One word a column and query holds the column's number and the order of its
+four. Extract: take each query's best among the heads of its columns, insert it into the list at its place (compare,
+shift by one sublane, select), and pop its column. This is done as often as some query has blocks above the last of its
+list, at most top_k times, as counted after the sort: a test after each extraction would save few, but each time wait
+some 200 cycles for a number to come from the vector to the scalar unit. The first extraction hides half of that wait.
+Order gives the tie rule: stretches rise, the sort is stable, extraction takes the lowest column among equals, insertion
+goes behind equals. A tile visits only the stretches that one of its queries may see, and masks only those that some
+query sees in part or is forced into (scalar prefetch); other steps compute nothing.
+The sort takes some twelve operations a score, an extraction fourteen for each head: bound by the vector unit, apart
+from a wait of some 200 cycles for the product's first rows.
 """
 
 import dataclasses
@@ -33,6 +42,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
 _SUBLANES = 8
+_LEVELS = 4  # blocks of a column
+_FLOAT_BITS = 0x4B000000  # of 2**23; an integer below 2**23 added to them makes the float32 of 2**23 + integer
+_NO_WORD = 2.0**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,44 +115,52 @@ def route(
     )
     batch, num_queries, num_heads, head_dim = query.shape
     _, kv_heads, num_blocks, _ = means.shape
+    means = _by_levels(means)
+    if query.dtype == jnp.bfloat16:
+        means = _in_pieces(means)
     tile = min(config.queries, _round_up(num_queries, _LANES))
     padding = -num_queries % tile
     num_tiles = (num_queries + padding) // tile
-    stretch = min(config.blocks, num_blocks)
+    stretch = min(config.blocks, _round_up(block_start.shape[1], _LEVELS * _SUBLANES))
     query = jnp.pad(query.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
     first_block = jnp.pad(first_block, ((0, 0), (0, padding)))  # [batch, queries]
     last_block = jnp.pad(last_block, ((0, 0), (0, padding)), constant_values=-1)  # [batch, queries]
 
-    # Which stretches a tile reaches. The grid has as many steps as the tile that reaches most.
+    # Which stretches a tile reaches, and which blocks all its queries see and are not forced into. The grid has as
+    # many steps as the tile that reaches most.
     is_reached = first_block <= last_block
-    begin = jnp.where(is_reached, first_block, num_blocks - 1).reshape(batch, num_tiles, tile).min(2) // stretch
-    end = jnp.where(is_reached, last_block, -1).reshape(batch, num_tiles, tile).max(2) // stretch + 1
+    of_tiles = batch, num_tiles, tile
+    begin = jnp.where(is_reached, first_block, num_blocks - 1).reshape(of_tiles).min(2) // stretch
+    end = jnp.where(is_reached, last_block, -1).reshape(of_tiles).max(2) // stretch + 1
+    plain_begin = first_block.reshape(of_tiles).max(2)
+    plain_end = last_block.reshape(of_tiles).min(2) + (0 if is_causal else 1)
+    bounds = jnp.stack([begin, end, plain_begin, plain_end], axis=2)  # [batch, tiles, 4]
     num_steps = jnp.maximum((end - begin).max(), 1)
     list_rows = _round_up(top_k, _SUBLANES)
 
-    def tile_of_means(
-        b: jax.Array, h: jax.Array, t: jax.Array, step: jax.Array, begin: Any, end: Any
-    ) -> tuple[Any, ...]:
-        last = jnp.maximum(end[b * num_tiles + t] - 1, 0)
-        return b, lax.div(h, num_heads // kv_heads), jnp.minimum(begin[b * num_tiles + t] + step, last), 0
+    def tile_of_means(b: jax.Array, h: jax.Array, t: jax.Array, step: jax.Array, bounds: Any) -> tuple[Any, ...]:
+        at = (b * num_tiles + t) * 4
+        last = jnp.maximum(bounds[at + 1] - 1, 0)
+        return b, lax.div(h, num_heads // kv_heads), jnp.minimum(bounds[at] + step, last), 0
 
     indices = pl.pallas_call(
         functools.partial(_route_kernel, num_tiles=num_tiles, top_k=top_k, is_causal=is_causal),
         out_shape=jax.ShapeDtypeStruct((batch, num_heads, list_rows, num_queries + padding), jnp.int32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(batch, num_heads, num_tiles, num_steps),
             in_specs=[
                 pl.BlockSpec((1, 1, tile, head_dim), lambda b, h, t, *_: (b, h, t, 0)),
                 pl.BlockSpec((1, 2, tile), lambda b, h, t, *_: (b, 0, t)),
-                pl.BlockSpec((1, 1, stretch, head_dim), tile_of_means),
+                pl.BlockSpec((1, 1, stretch, means.shape[3]), tile_of_means),
             ],
             out_specs=pl.BlockSpec((1, 1, list_rows, tile), lambda b, h, t, *_: (b, h, 0, t)),
             scratch_shapes=[
-                pltpu.VMEM((stretch, tile), jnp.float32),
+                pltpu.VMEM((_LEVELS, stretch // _LEVELS, tile), jnp.float32),
+                pltpu.VMEM((stretch // _LEVELS, tile), jnp.float32),
                 pltpu.VMEM((1, tile), jnp.float32),
-                pltpu.VMEM((_SUBLANES + list_rows, tile), jnp.float32),
-                pltpu.VMEM((_SUBLANES + list_rows, tile), jnp.int32),
+                pltpu.VMEM((list_rows, tile), jnp.float32),
+                pltpu.VMEM((list_rows, tile), jnp.int32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -149,94 +169,141 @@ def route(
         ),
         name="moba_route",
         interpret=interpret,
-    )(begin.reshape(-1), end.reshape(-1), query, jnp.stack([first_block, last_block], axis=1), means)
+    )(bounds.reshape(-1), query, jnp.stack([first_block, last_block], axis=1), means)
     return indices[:, :, :top_k, :num_queries].swapaxes(2, 3)
 
 
+def _by_levels(means: jax.Array) -> jax.Array:
+    """Reorders rows `[..., blocks, head_dim]`, in each 32: the first blocks of eight columns, the second ones, ..."""
+    columns = means.reshape(*means.shape[:2], -1, _SUBLANES, _LEVELS, means.shape[3])
+    return columns.swapaxes(3, 4).reshape(means.shape)
+
+
+def _in_pieces(means: jax.Array) -> jax.Array:
+    """Three bfloat16 pieces that add up to each float32, side by side: `[..., head_dim]` to `[..., 3 * head_dim]`."""
+    pieces = []
+    for _ in range(3):
+        pieces.append(lax.reduce_precision(means, 8, 7))  # XLA may leave out a conversion there and back, not this
+        means -= pieces[-1]
+    return jnp.concatenate(pieces, axis=3).astype(jnp.bfloat16)
+
+
 def _route_kernel(
-    begin_ref: Any,  # SMEM [batch * tiles]
-    end_ref: Any,  # SMEM [batch * tiles]
+    bounds_ref: Any,  # SMEM [batch * tiles * 4]: stretches from, to; blocks that all queries see unforced, from, to
     query_ref: Any,  # [1, 1, queries, head_dim]
     reach_ref: Any,  # [1, 2, queries]: first block, last block
-    mean_ref: Any,  # [1, 1, blocks, head_dim]
+    mean_ref: Any,  # [1, 1, blocks, head_dim or three times that], by levels
     indices_ref: Any,  # [1, 1, list_rows, queries]
-    score_ref: Any,  # [blocks, queries], of the current stretch
-    next_ref: Any,  # [1, queries], the largest of them
-    best_score_ref: Any,  # [8 + list_rows, queries]; infinite in the first 8 rows, then the list
-    best_block_ref: Any,  # [8 + list_rows, queries]
+    score_ref: Any,  # [4, columns, queries], of the current stretch; falling in a column
+    word_ref: Any,  # [columns, queries], 2**23 + column * 256 + levels that are left, two bits each, best lowest
+    next_ref: Any,  # [1, queries], the largest score
+    best_score_ref: Any,  # [list_rows, queries], falling
+    best_block_ref: Any,  # [list_rows, queries]
     *,
     num_tiles: int,
     top_k: int,
     is_causal: bool,
 ) -> None:
-    tile_index = pl.program_id(0) * num_tiles + pl.program_id(2)
+    at = (pl.program_id(0) * num_tiles + pl.program_id(2)) * 4
     step = pl.program_id(3)
-    stretch = begin_ref[tile_index] + step
-    num_blocks, num_queries = score_ref.shape
-    list_rows = best_score_ref.shape[0] - _SUBLANES
-    rows = pl.ds(_SUBLANES, list_rows)
+    stretch = bounds_ref[at] + step
+    num_columns, num_queries = word_ref.shape
+    first_block = stretch * (_LEVELS * num_columns)
+    groups = [pl.ds(column, _SUBLANES) for column in range(0, num_columns, _SUBLANES)]
 
     @pl.when(step == 0)
     def _() -> None:
-        row = lax.broadcasted_iota(jnp.int32, best_score_ref.shape, 0)
-        best_score_ref[...] = jnp.where(row < _SUBLANES, jnp.inf, -jnp.inf)
+        best_score_ref[...] = jnp.full(best_score_ref.shape, -jnp.inf)
         best_block_ref[...] = jnp.full(best_block_ref.shape, -1)
 
-    def extract(_: Any) -> jax.Array:
-        """Moves every query's best block of the stretch to its place in the list; whether there is more to move."""
-        score, best = score_ref[...], next_ref[...]
-        # Places as float32, whose minimum is one operation; that of integers is two.
-        place = lax.broadcasted_iota(jnp.int32, score.shape, 0).astype(jnp.float32)
-        best_place = jnp.where(score == best, place, float(num_blocks)).min(0, keepdims=True)  # [1, queries]
-        set_scores(jnp.where(place == best_place, -jnp.inf, score))
+    def sort(is_cut: bool) -> jax.Array:
+        """Fills score_ref, word_ref and next_ref; how many extractions are enough for every query."""
+        product = _product(mean_ref[0, 0], query_ref[0, 0])
+        first, last = (reach_ref[0, row : row + 1] - first_block for row in range(2))  # [1, queries]
+        threshold = best_score_ref[top_k - 1 : top_k]  # [1, queries]
+        row = lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_queries), 0)
+        largest = jnp.full(row.shape, -jnp.inf)
+        better = jnp.zeros(row.shape, jnp.float32)
+        for number, group in enumerate(groups):
+            begin = number * _LEVELS * _SUBLANES
+            score = [product[begin + level * _SUBLANES :][:_SUBLANES] for level in range(_LEVELS)]
+            for level in range(_LEVELS if is_cut else 0):
+                block = begin + _LEVELS * row + level
+                forced = jnp.where(block == last, jnp.inf, score[level]) if is_causal else score[level]
+                score[level] = jnp.where((first <= block) & (block <= last), forced, -jnp.inf)
+            score, levels = _sort_columns(score)
+            for level in range(_LEVELS):
+                score_ref[level, group] = score[level]
+            word = (row + number * _SUBLANES) * 256 + levels + _FLOAT_BITS
+            word_ref[group] = lax.bitcast_convert_type(word, jnp.float32)
+            largest = jnp.maximum(largest, score[0])
+            pair = jnp.where(score[1] > threshold, 2.0, jnp.where(score[0] > threshold, 1.0, 0.0))
+            better += jnp.where(score[2] > threshold, 4.0, pair)
+        next_ref[...] = largest.max(0, keepdims=True)
+        return jnp.minimum(better.sum(0, keepdims=True).max(), top_k).astype(jnp.int32)
 
-        before = pl.ds(_SUBLANES - 1, list_rows)
-        kept, kept_before = best_score_ref[rows], best_score_ref[before]  # [list_rows, queries]
-        block, block_before = best_block_ref[rows], best_block_ref[before]
-        stays, is_behind = kept >= best, kept_before < best
-        best_score_ref[rows] = jnp.where(stays, kept, jnp.where(is_behind, kept_before, best))
-        new_block = stretch * num_blocks + best_place.astype(jnp.int32)
-        best_block_ref[rows] = jnp.where(stays, block, jnp.where(is_behind, block_before, new_block))
-        return is_better()
+    def extract(_: Any, carry: None) -> None:
+        """Moves every query's best block of the stretch to its place in the list, or behind the last."""
+        best = next_ref[...]
+        word = jnp.full((_SUBLANES, num_queries), _NO_WORD)
+        for group in groups:
+            word = jnp.minimum(word, jnp.where(score_ref[0, group] == best, word_ref[group], _NO_WORD))
+        word = word.min(0, keepdims=True)  # [1, queries]
+        bits = lax.bitcast_convert_type(word, jnp.int32)
+        popped = lax.bitcast_convert_type((bits & ~255) | ((bits & 255) >> 2), jnp.float32)
+        largest = jnp.full((_SUBLANES, num_queries), -jnp.inf)
+        for group in groups:
+            is_taken = word_ref[group] == word
+            score = [score_ref[level, group] for level in range(_LEVELS)] + [-jnp.inf]
+            for level in range(_LEVELS):
+                score_ref[level, group] = jnp.where(is_taken, score[level + 1], score[level])
+            largest = jnp.maximum(largest, jnp.where(is_taken, score[1], score[0]))
+            word_ref[group] = jnp.where(is_taken, popped, word_ref[group])
+        next_ref[...] = largest.max(0, keepdims=True)
+        column = (bits & 0x7FFFFF) >> 8  # libtpu fails to compile bits - _FLOAT_BITS
+        insert(best, first_block + _LEVELS * column + (bits & 3))
+        return carry
 
-    def set_scores(score: jax.Array) -> None:
-        score_ref[...] = score
-        next_ref[...] = score.max(0, keepdims=True)
+    def insert(score: jax.Array, block: jax.Array) -> None:
+        """Puts scores and blocks `[1, queries]` into the list, behind equals; the last row falls out."""
+        kept, kept_block = best_score_ref[...], best_block_ref[...]
+        is_first = lax.broadcasted_iota(jnp.int32, kept.shape, 0) == 0
+        before, before_block = jnp.where(is_first, jnp.inf, pltpu.roll(kept, 1, 0)), pltpu.roll(kept_block, 1, 0)
+        best_score_ref[...] = jnp.maximum(kept, jnp.minimum(before, score))
+        moved = jnp.where(before >= score, block, before_block)
+        best_block_ref[...] = jnp.where(kept >= score, kept_block, moved)
 
-    def is_better() -> jax.Array:
-        """Whether some query has a block in the stretch that beats the last of its list."""
-        last = best_score_ref[pl.ds(_SUBLANES + top_k - 1, 1)]  # [1, queries]
-        return jnp.where(next_ref[...] > last, 1.0, 0.0).max() > 0
+    def merge(is_cut: bool) -> None:
+        number = sort(is_cut)
+        extract(0, None)
+        lax.fori_loop(1, number, extract, None)
 
-    @pl.when(stretch < end_ref[tile_index])
+    @pl.when(stretch < bounds_ref[at + 1])
     def _() -> None:
-        block = stretch * num_blocks + lax.broadcasted_iota(jnp.int32, (num_blocks, num_queries), 0)
-        first, last = reach_ref[0, 0:1], reach_ref[0, 1:2]  # [1, queries]
-        score = _scores(mean_ref[0, 0], query_ref[0, 0])
-        if is_causal:
-            score = jnp.where(block == last, jnp.inf, score)
-        set_scores(jnp.where((first <= block) & (block <= last), score, -jnp.inf))
-        lax.while_loop(lambda is_more: is_more, extract, is_better())
+        is_cut = (first_block < bounds_ref[at + 2]) | (bounds_ref[at + 3] < first_block + _LEVELS * num_columns)
+        lax.cond(is_cut, lambda: merge(True), lambda: merge(False))
 
-    indices_ref[0, 0] = jnp.where(best_score_ref[rows] == -jnp.inf, -1, best_block_ref[rows])
+    indices_ref[0, 0] = jnp.where(best_score_ref[...] == -jnp.inf, -1, best_block_ref[...])
 
 
-def _scores(mean: jax.Array, query: jax.Array) -> jax.Array:
-    """Products of means `[blocks, head_dim]` and queries `[queries, head_dim]`, exact and added in float32.
+def _sort_columns(score: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """Sorts four arrays elementwise, falling and stable; which array each came from, two bits each, best lowest."""
+    score = list(score)
+    level = [jnp.full(score[0].shape, number) for number in range(_LEVELS)]
+    for turn in range(_LEVELS):
+        for low in range(turn % 2, _LEVELS - 1, 2):
+            pair = slice(low, low + 2)
+            is_less = score[low] < score[low + 1]
+            score[pair] = jnp.maximum(*score[pair]), jnp.minimum(*score[pair])
+            above, below = level[pair]
+            level[pair] = jnp.where(is_less, below, above), jnp.where(is_less, above, below)
+    return score, functools.reduce(lambda levels, number: levels * 4 + number, reversed(level))
 
-    The MXU multiplies bfloat16. Three such numbers hold a float32, so bfloat16 queries need three passes, float32 six.
-    """
-    if query.dtype == jnp.float32:
-        return _product(mean, query, lax.Precision.HIGHEST)
-    score = jnp.zeros((mean.shape[0], query.shape[0]), jnp.float32)
-    for _ in range(3):
-        leading = mean.astype(query.dtype)
-        score += _product(leading, query, None)
-        mean -= leading.astype(jnp.float32)
-    return score
 
-
-def _product(mean: jax.Array, query: jax.Array, precision: lax.Precision | None) -> jax.Array:
+def _product(mean: jax.Array, query: jax.Array) -> jax.Array:
+    """Scores `[blocks, queries]` of means, in pieces if bfloat16, and queries `[queries, head_dim]`, in float32."""
+    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None  # products of bfloat16 are exact
+    query = jnp.concatenate([query] * (mean.shape[1] // query.shape[1]), axis=1)
     dimensions = (((1,), (1,)), ((), ()))
     return lax.dot_general(mean, query, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
