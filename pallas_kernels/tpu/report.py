@@ -165,7 +165,7 @@ def _router() -> dict[int, float]:
     for tokens in TOKENS:
         measured = min(tokens, 256 * 128)
         few, many, cut = (
-            measure("router", tokens=measured, extractions=number, is_cut=is_cut)
+            measure("router", reads_memory=is_cut, tokens=measured, extractions=number, is_cut=is_cut)
             for number, is_cut in ((1, False), (8, False), (1, True))
         )
         tiles, router = measured // 512, few.named("moba_route")
@@ -181,6 +181,7 @@ def _router() -> dict[int, float]:
         rows.append((tokens, *numbers, seen / 512, means, cycles[tokens] * 8, cycles[tokens]))
     header = "tokens", "stretches", "a stretch", "its mask", "an extraction", "extractions a stretch"
     _table((*header, "scores and choice, a query", "means and copies", "all, a query", "a pair"), rows)
+    print("{} bytes of VMEM, {} of these for spills.\n".format(*cut.kernel("moba_route")))
     return cycles
 
 
