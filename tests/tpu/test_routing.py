@@ -16,8 +16,9 @@ SMALL = routing.RoutingConfig(key_rows=128, queries=128, blocks=128)
 
 CASES = (
     Case("ties", batch=1, queries=70, keys=70, heads=4, head_dim=64, block_size=4, top_k=3, exact=True),
-    # Several tiles of queries and of keys, groups and stretches of blocks, and tiles that do not reach all of them.
-    Case("stretches", batch=1, queries=200, keys=600, heads=1, kv_heads=1, block_size=2, top_k=9, exact=True),
+    # Several tiles of queries and of keys, groups and stretches of blocks, and tiles that do not reach all of them. The
+    # first query's own block is the last of a stretch.
+    Case("stretches", batch=1, queries=200, keys=327, heads=1, kv_heads=1, block_size=1, top_k=9, exact=True),
     Case("top_64", batch=1, queries=20, keys=150, heads=1, kv_heads=1, block_size=2, top_k=64, is_causal=False),
     Case("mixed", queries=150, keys=170, heads=4, kv_heads=1, block_size=4, top_k=3, sequences="mixed"),
     Case("lengths", batch=3, heads=2, sequences="lengths", queries=37, keys=50, top_k=9, block_size=5, head_dim=96),
