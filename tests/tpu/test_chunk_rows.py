@@ -1,0 +1,60 @@
+"""Queries on their way to the chip and outputs on their way back, in several pieces, interpreted on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.tpu import chunk_rows
+from pallas_kernels.tpu.key_work import LANES, SPARE_ROWS
+from tests import cases
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.mark.parametrize("num_pieces", [1, 2, 5])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 96), ("float32", 128)])
+def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
+    """Words of the rows, spare rows included, and outputs of states of which the first three are empty."""
+    random = np.random.default_rng(0)
+    rows = num_pieces * 128
+    words, parts, state_parts = (48, 1, 1) if dtype == "bfloat16" else (128, 2, 2)
+    query = random.standard_normal((rows, head_dim)).astype(cases.as_dtype(dtype))
+    key_stop = random.integers(0, 1 << 30, rows, dtype=np.int32)
+    state = random.standard_normal((rows + SPARE_ROWS, state_parts * LANES)).astype(np.float32)
+    state[:, head_dim:] = np.abs(state[:, head_dim : head_dim + 1]) + 1  # sum of weights
+    state[:, -1] = random.standard_normal(rows + SPARE_ROWS)  # maximum
+    state[:3, :-1] = 0
+
+    def kernel(query_hbm, key_stop_hbm, state_ref, output_hbm, log_sum_exp_hbm, rows_ref):
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
+
+    in_hbm, in_vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
+    shape = num_pieces, 128, head_dim
+    output, log_sum_exp, row = pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct(shape, query.dtype),
+            jax.ShapeDtypeStruct((num_pieces, 1, LANES), jnp.float32),
+            jax.ShapeDtypeStruct(((rows + SPARE_ROWS) * parts, LANES), jnp.uint32),
+        ),
+        in_specs=[in_hbm, in_hbm, in_vmem],
+        out_specs=(in_hbm, in_hbm, in_vmem),
+        interpret=interpret,
+    )(query.reshape(shape), key_stop.reshape(-1, 1, LANES), state.reshape(-1, LANES))
+
+    row = np.asarray(row).reshape(-1, parts * LANES)
+    halves = [query] if dtype == "float32" else [query[:, :48], query[:, 48:]]
+    bits = [half.view(np.uint32 if dtype == "float32" else np.uint16).astype(np.uint32) for half in halves]
+    np.testing.assert_array_equal(row[:rows, :words], bits[0] | (bits[-1] << 16) if len(bits) == 2 else bits[0])
+    np.testing.assert_array_equal(row[:rows, words], key_stop)
+    assert not row[rows:].any()
+    total, largest = state[3:rows, head_dim].astype(np.float64), state[3:rows, -1]
+    output, log_sum_exp = np.asarray(output).reshape(rows, -1), np.asarray(log_sum_exp).reshape(rows)
+    cases.assert_close(output[3:], state[3:rows, :head_dim] / total[:, None], dtype)
+    cases.assert_close(log_sum_exp[3:], largest * np.log(2) + np.log(total), "float32")
+    assert not output[:3].any()
+    assert np.isneginf(log_sum_exp[:3]).all()
