@@ -2,11 +2,13 @@
 
 Needs libtpu, no TPU. Every figure comes from a program of its own (`report_parts`), compiled for a v6e with a fixed
 number of steps; two step counts give the cost of a step and what is paid once. What that is worth stands under the
-tables that it prints. Takes about ten minutes on one core.
+tables that it prints. Takes about ten minutes.
 """
 
 import math
 from typing import Any, NamedTuple
+
+import jax
 
 from pallas_kernels.config import KEY_MAJOR
 from pallas_kernels.tpu import chunks
@@ -21,13 +23,11 @@ LIMITS = """\
 Why more than 5 cycles a pair at block 128:
 
 * In the step: the scalar unit forms two addresses a pair, and it is full. See `forward_kernels`.
-* Padding: the last tile of each block in each chunk is half empty. At 524288 tokens a chunk of 74904 rows, all that
-  128 MiB hold, has 146 pairs a block; tiles of 64 waste the least there.
-* Load, clear, store; pack, finish: once a row, shared by its pairs. A chunk's first load and last store are hidden by
-  nothing; XLA writes the words of the queries, and divides and narrows the sums, in several passes over HBM.
-* Sort, count: XLA's sort takes half of it, counting pairs by a product of one-hot matrices and copies of the unsorted
-  pairs between layouts the rest. A chunk of 599232 pairs is dear: with 524288, a power of two, it
-  would be 0.75 (measured apart).
+* Padding: the last tile of each block in each chunk is half empty. At 524288 tokens a chunk of 75776 rows, all that
+  128 MiB hold, has 148 pairs a block; tiles of 64 waste the least there.
+* Load, finish: once a row, shared by its pairs, and once a chunk: queries become words, sums are cleared, divided and
+  stored. A chunk's first copy and the numbers of its first step are hidden by nothing.
+* Sort, count: XLA's sort takes two thirds of it, counting pairs by a product of one-hot matrices the rest.
 * Cut: the scalar unit, some 14 cycles a tile, and at least four tiles for each block.
 
 What the figures are worth:
@@ -39,8 +39,9 @@ What the figures are worth:
 * Loops, guards and grids that depend on data are measured at fixed lengths (`report_parts`).
 * Splash attention is measured with a full mask and its body made to run always; a causal pass counts as half.
 * Padding assumes that every block is chosen equally often: half a tile for each block and chunk.
-* Extractions of the router assume independent scores: of the best 8 of s stretches, the newest holds a binomial number,
-  and a tile goes on until the last of its 512 queries is done.
+* Backward, the chunk and its sort and cut are taken to be those of the forward pass, whose tiles are shorter.
+* Extractions of the router assume independent scores: the newest of s stretches holds a negative binomial number of
+  blocks above the best 8 of those before, and a tile makes as many extractions as its worst of 512 queries, at most 8.
 * With XLA's gathers and scatters the profile of a whole program is not available: parts are measured alone.
 * VMEM and spills are read back from the report that libtpu writes beside a compiled program; chunks of 8192 rows there.
 """
@@ -60,9 +61,9 @@ def _cost(part: str, few: int, many: int, slots: int, **sizes: Any) -> tuple[Cos
     more_steps, more_rows = (
         measure(part, rows=rows, steps=steps, **sizes) for rows, steps in ((8192, many), (12288, few))
     )
-    step = (more_steps.named("attend") - low.named("attend")) / (many - few)
-    row = (more_rows.named("attend") - low.named("attend")) / 4096
-    return Cost(step / slots, row, low.named("attend") - few * step - 8192 * row), low
+    step = (more_steps.all - low.all) / (many - few)
+    row = (more_rows.all - low.all) / 4096
+    return Cost(step / slots, row, low.all - few * step - 8192 * row), low
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
@@ -117,6 +118,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             )
             pairs = chunk.rows * top_k
             cost = forward[block_size, chunk.tile_size]
+            norm = measure("norm", rows=chunk.rows).all
             tiles = pairs / num_blocks / chunk.tile_size + 0.5
             sizes: dict[str, Any] = {
                 "pieces": num_blocks,
@@ -128,8 +130,8 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             parts = (
                 cost.slot,
                 cost.slot * chunk.tile_size / 2 * num_blocks / pairs,
-                (cost.row * chunk.rows + cost.chunk) / pairs,
-                (sum(schedule.cycles.values()) - cut) / pairs,
+                (cost.row * chunk.rows + cost.chunk + norm) / pairs,
+                (schedule.all - cut) / pairs,
                 cut / min(num_blocks, 512) * num_blocks / pairs,
             )
             ours, dense = sum(parts) * top_k, splash * tokens / 512 / 2
@@ -140,14 +142,16 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
                 rows[-1] += (router[tokens], dense / (ours + top_k * router[tokens]))
             cost = backward[block_size]
             padding = cost.slot * KEY_MAJOR.backward_tile_size / 2 * num_blocks / pairs
-            whole = cost.slot + padding + (cost.row * chunk.rows + cost.chunk) / pairs
-            backward_rows.append((tokens, cost.slot, whole, whole / sum(parts)))
+            pack = measure("pack", rows=chunk.rows).all / pairs
+            parts_backward = cost.slot, padding, (cost.row * chunk.rows + cost.chunk) / pairs, pack, sum(parts[-2:])
+            backward_rows.append((tokens, *parts_backward, sum(parts_backward), sum(parts_backward) / sum(parts)))
         named = "in the step", "padding", "load, finish", "sort, count", "cut", "all"
         more = ("router, a pair", "ratio with it") if block_size == 128 else ()
         header = ("tokens", "chunk rows", "tile", *named, "a query", "splash, causal, a query", "ratio", *more)
         _table(header, rows)
-        print(f"Backward kernel, cycles a real pair, block {block_size}, top_k {top_k}:\n")
-        _table(("tokens", "a slot", "with padding, load and store", "to the whole forward"), backward_rows)
+        print(f"Backward, cycles a real pair, block {block_size}, top_k {top_k}:\n")
+        parts_named = "in the step", "padding", "load, store", "pack", "sort, count, cut"
+        _table(("tokens", *parts_named, "all", "to the forward"), backward_rows)
 
 
 def _router() -> dict[int, float]:
@@ -172,7 +176,7 @@ def _router() -> dict[int, float]:
         extraction = (many.named("moba_route") - router) / tiles / 7
         mask = (cut.named("moba_route") - router) / tiles
         stretch = router / tiles - extraction  # one extraction is always done
-        means = (sum(few.cycles.values()) - router) / measured  # a token
+        means = (few.all - router) / measured  # a token
         most = tokens // measured
         costs = [stretch + extraction * extractions(number) for number in range(1, most + 1)]
         seen = sum(sum(costs[:number]) + mask for number in range(1, most + 1)) / most  # a tile sees half of them
@@ -215,6 +219,7 @@ def _tiles(splash: float, splash_backward: float) -> None:
 
 def main() -> None:
     print(f"Static estimates for {CHIP}, head_dim {HEAD_DIM}, bfloat16, one head. A step takes 1024 slots.\n")
+    jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU, and complains
     chunks.SMALLEST_CHIP = V6E_BYTES  # there is no chip to ask
     splash = {tile: measure("splash", tokens=8192, tile=tile) for tile in (512, SPLASH_TILE)}
     cost = {tile: found.named("splash") / 8192 / 16 for tile, found in splash.items()}

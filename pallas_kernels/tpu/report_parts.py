@@ -25,6 +25,10 @@ class Measured(NamedTuple):
     cycles: dict[str, int]
     kernels: dict[str, tuple[int, int]]
 
+    @property
+    def all(self) -> int:
+        return sum(self.cycles.values())
+
     def named(self, word: str) -> int:
         return sum(number for name, number in self.cycles.items() if word in name)
 
@@ -125,7 +129,7 @@ def _forward(
             has_maximum=has_maximum,
             is_aligned=True,
             scale=HEAD_DIM**-0.5,
-            vmem_bytes=100 << 20,
+            vmem_bytes=64 << 20,
         )
 
     return attend, [
@@ -153,7 +157,7 @@ def _backward(rows: int, steps: int, tile: int, block_size: int = 128) -> tuple:
             head_dim=HEAD_DIM,
             is_aligned=True,
             scale=HEAD_DIM**-0.5,
-            vmem_bytes=100 << 20,
+            vmem_bytes=64 << 20,
         )
 
     keys, sums = ((64, block_size, HEAD_DIM), jnp.bfloat16), ((64, block_size, HEAD_DIM), jnp.float32)
@@ -171,6 +175,24 @@ def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tu
         return cut_tiles.make_tiles(ids, places, tile_size=tile, tiles_per_step=1024 // tile, fixed_batches=batches)
 
     return cut, [((top_k, rows), jnp.int32), ((pieces,), jnp.int32)]
+
+
+def _pack(rows: int) -> tuple:
+    """Rows of the backward pass."""
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import key_work
+
+    vector, numbers = ((rows, HEAD_DIM), jnp.bfloat16), [((rows, 1), jnp.int32), *[((rows, 1), jnp.float32)] * 2]
+    return key_work.pack_rows, [vector, vector, *numbers]
+
+
+def _norm(rows: int) -> tuple:
+    import jax.numpy as jnp
+
+    from pallas_kernels.tpu import forward
+
+    return forward._largest_norm, [((rows, HEAD_DIM), jnp.bfloat16)]
 
 
 def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
@@ -305,6 +327,8 @@ PARTS: dict[str, Callable[..., tuple]] = {
     "forward": _forward,
     "backward": _backward,
     "schedule": _schedule,
+    "pack": _pack,
+    "norm": _norm,
     "router": _router,
     "tiles": _tiles,
     "splash": _splash,
