@@ -9,8 +9,9 @@ turned by a transpose. Speed: copies and the vector unit alike, some 0.6 cycles 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -30,13 +31,34 @@ def piece_rows(num_rows: int, head_dim: int, dtype: Any) -> int:
     return math.gcd(num_rows, _PIECE_BYTES // (key_work.round_up(head_dim, LANES) * jnp.dtype(dtype).itemsize))
 
 
-def load(query_hbm: Any, key_stop_hbm: Any, rows_ref: Any) -> None:
+class Buffers(NamedTuple):
+    """Two pieces of each array on chip, `[2, ...]`. Outputs take the place of queries."""
+
+    query: Any
+    key_stop: Any
+    log_sum_exp: Any
+    semaphore: Any  # DMA [2]
+
+
+def buffers(query: jax.Array, key_stop: jax.Array) -> Buffers:
+    """What the kernels allocate, for `[pieces, piece_rows, head_dim]` and `[pieces, piece_rows / 128, 128]`."""
+    number_shape = 2, *key_stop.shape[1:]
+    return Buffers(
+        pltpu.VMEM((2, *query.shape[1:]), query.dtype),
+        pltpu.VMEM(number_shape, jnp.int32),
+        pltpu.VMEM(number_shape, jnp.float32),
+        pltpu.SemaphoreType.DMA((2,)),
+    )
+
+
+def load(query_hbm: Any, key_stop_hbm: Any, rows_ref: Any, buffers: Buffers) -> None:
     """In a kernel: makes the rows of a chunk, and the spare ones behind.
 
     Args:
       query_hbm: HBM `[pieces, piece_rows, head_dim]`.
       key_stop_hbm: HBM int32 `[pieces, piece_rows / 128, 128]`.
       rows_ref: uint32 `[(chunk_rows + 8) * parts, 128]`: query, key_stop, zeros.
+      buffers: for copies.
     """
     num_pieces, num_rows, _ = query_hbm.shape
     parts = rows_ref.shape[0] // (num_pieces * num_rows + SPARE_ROWS)
@@ -57,10 +79,11 @@ def load(query_hbm: Any, key_stop_hbm: Any, rows_ref: Any) -> None:
 
         lax.fori_loop(0, num_rows // GROUP, load_group, None, unroll=True)
 
-    _for_pieces(load_piece, (query_hbm, key_stop_hbm), is_output=False)
+    refs = buffers.query, buffers.key_stop
+    _for_pieces(load_piece, (query_hbm, key_stop_hbm), refs, buffers.semaphore, is_output=False)
 
 
-def finish(state_ref: Any, output_hbm: Any, log_sum_exp_hbm: Any) -> None:
+def finish(state_ref: Any, output_hbm: Any, log_sum_exp_hbm: Any, buffers: Buffers) -> None:
     """In a kernel: divides what a chunk's rows have added up, and takes the logarithms. Zero and -inf if nothing.
 
     Args:
@@ -68,6 +91,7 @@ def finish(state_ref: Any, output_hbm: Any, log_sum_exp_hbm: Any) -> None:
         maximum * log2(e).
       output_hbm: HBM `[pieces, piece_rows, head_dim]`.
       log_sum_exp_hbm: HBM float32 `[pieces, piece_rows / 128, 128]`.
+      buffers: for copies.
     """
     num_pieces, num_rows, head_dim = output_hbm.shape
     parts = state_ref.shape[0] // (num_pieces * num_rows + SPARE_ROWS)
@@ -86,54 +110,51 @@ def finish(state_ref: Any, output_hbm: Any, log_sum_exp_hbm: Any) -> None:
 
         lax.fori_loop(0, num_rows // GROUP, finish_group, None, unroll=True)
 
-    _for_pieces(finish_piece, (output_hbm, log_sum_exp_hbm), is_output=True)
+    refs = buffers.query, buffers.log_sum_exp
+    _for_pieces(finish_piece, (output_hbm, log_sum_exp_hbm), refs, buffers.semaphore, is_output=True)
 
 
-def _for_pieces(body: Callable[..., None], arrays: tuple[Any, ...], *, is_output: bool) -> None:
-    """Calls body(piece, *refs) for each piece of arrays `[pieces, ...]` in HBM, while the next or last is copied.
+def _for_pieces(
+    body: Callable[..., None], arrays: tuple[Any, ...], refs: tuple[Any, ...], semaphore: Any, *, is_output: bool
+) -> None:
+    """Calls body(piece, *pieces on chip) for each piece of arrays in HBM, while the next or last is copied.
 
     By hand: Pallas's own pipeline asks which device there is, and so cannot be compiled for another.
     """
     num_pieces = arrays[0].shape[0]
 
-    def run(*refs: Any) -> None:
-        *buffers, semaphore = refs  # [2, ...] each
+    def copies(piece: Any, place: int) -> list[Any]:
+        pairs = [(array.at[piece], ref.at[place]) for array, ref in zip(arrays, refs, strict=True)]
+        return [pltpu.make_async_copy(*(pair[::-1] if is_output else pair), semaphore.at[place]) for pair in pairs]
 
-        def copies(piece: Any, place: int) -> list[Any]:
-            pairs = [(array.at[piece], buffer.at[place]) for array, buffer in zip(arrays, buffers, strict=True)]
-            return [pltpu.make_async_copy(*(pair[::-1] if is_output else pair), semaphore.at[place]) for pair in pairs]
+    def start(piece: Any, place: int) -> None:
+        for copy in copies(piece, place):
+            copy.start()
 
-        def start(piece: Any, place: int) -> None:
-            for copy in copies(piece, place):
-                copy.start()
+    def wait(piece: Any, place: int) -> None:
+        for copy in copies(piece, place):
+            copy.wait()
 
-        def wait(piece: Any, place: int) -> None:
-            for copy in copies(piece, place):
-                copy.wait()
+    def load_piece(piece: Any, place: int) -> None:
+        pl.when(piece + 1 < num_pieces)(lambda: start(piece + 1, 1 - place))
+        wait(piece, place)
+        body(piece, *(ref.at[place] for ref in refs))
 
-        def load_piece(piece: Any, place: int) -> None:
-            pl.when(piece + 1 < num_pieces)(lambda: start(piece + 1, 1 - place))
-            wait(piece, place)
-            body(piece, *(buffer.at[place] for buffer in buffers))
+    def store_piece(piece: Any, place: int) -> None:
+        pl.when(piece >= 2)(lambda: wait(piece - 2, place))
+        body(piece, *(ref.at[place] for ref in refs))
+        start(piece, place)
 
-        def store_piece(piece: Any, place: int) -> None:
-            pl.when(piece >= 2)(lambda: wait(piece - 2, place))
-            body(piece, *(buffer.at[place] for buffer in buffers))
-            start(piece, place)
+    def two_pieces(number: Any, carry: None) -> None:
+        for place in range(2):
+            piece = number * 2 + place
+            pl.when(piece < num_pieces)(functools.partial(move_piece, piece, place))
+        return carry
 
-        def two_pieces(number: Any, carry: None) -> None:
-            for place in range(2):
-                piece = number * 2 + place
-                pl.when(piece < num_pieces)(functools.partial(move_piece, piece, place))
-            return carry
-
-        move_piece = store_piece if is_output else load_piece
-        if not is_output:
-            start(0, 0)
-        lax.fori_loop(0, -(-num_pieces // 2), two_pieces, None)
-        if is_output:
-            for piece in range(max(num_pieces - 2, 0), num_pieces):
-                wait(piece, piece % 2)
-
-    buffers = [pltpu.VMEM((2, *array.shape[1:]), array.dtype) for array in arrays]
-    pl.run_scoped(run, *buffers, pltpu.SemaphoreType.DMA((2,)))
+    move_piece = store_piece if is_output else load_piece
+    if not is_output:
+        start(0, 0)
+    lax.fori_loop(0, -(-num_pieces // 2), two_pieces, None)
+    if is_output:
+        for piece in range(max(num_pieces - 2, 0), num_pieces):
+            wait(piece, piece % 2)

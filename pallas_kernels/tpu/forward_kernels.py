@@ -78,6 +78,7 @@ def kernel_fixed(
     semaphore: Any,  # DMA [2]
     fetched_ref: Any,  # [slots * parts, 128]
     result_ref: Any,  # [slots * state_parts, 128]
+    buffers: chunk_rows.Buffers,
     *,
     step: Step,
 ) -> None:
@@ -87,7 +88,7 @@ def kernel_fixed(
 
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
-        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref, buffers)
         key_work.fill_rows(state_ref, jnp.zeros((state_parts, LANES), jnp.float32))
         key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
 
@@ -104,7 +105,7 @@ def kernel_fixed(
 
     @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
     def _() -> None:
-        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm, buffers)
 
 
 def kernel_running(
@@ -125,6 +126,7 @@ def kernel_running(
     semaphore: Any,
     fetched_ref: Any,
     result_ref: Any,
+    buffers: chunk_rows.Buffers,
     *,
     step: Step,
 ) -> None:
@@ -141,7 +143,7 @@ def kernel_running(
     def _() -> None:
         place = lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 0) * LANES
         place += lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 1)
-        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref, buffers)
         key_work.fill_rows(state_ref, jnp.where(place == lanes - 1, _OUT_OF_SIGHT, 0.0))
 
     key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
@@ -165,7 +167,7 @@ def kernel_running(
 
     @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
     def _() -> None:
-        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm, buffers)
 
 
 def _load_keys(stretch_ref: Any, key_value_hbm: Any, key_value_ref: Any, semaphore: Any) -> list[Any]:

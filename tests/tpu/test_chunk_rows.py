@@ -28,23 +28,24 @@ def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
     state[:, -1] = random.standard_normal(rows + SPARE_ROWS)  # maximum
     state[:3, :-1] = 0
 
-    def kernel(query_hbm, key_stop_hbm, state_ref, output_hbm, log_sum_exp_hbm, rows_ref):
-        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref)
-        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm)
+    def kernel(query_hbm, key_stop_hbm, state_ref, output_hbm, log_sum_exp_hbm, rows_ref, buffers):
+        chunk_rows.load(query_hbm, key_stop_hbm, rows_ref, buffers)
+        chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm, buffers)
 
     in_hbm, in_vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
-    shape = num_pieces, 128, head_dim
+    pieces = query.reshape(num_pieces, 128, head_dim), key_stop.reshape(num_pieces, 1, LANES)
     output, log_sum_exp, row = pl.pallas_call(
         kernel,
         out_shape=(
-            jax.ShapeDtypeStruct(shape, query.dtype),
-            jax.ShapeDtypeStruct((num_pieces, 1, LANES), jnp.float32),
+            jax.ShapeDtypeStruct(pieces[0].shape, query.dtype),
+            jax.ShapeDtypeStruct(pieces[1].shape, jnp.float32),
             jax.ShapeDtypeStruct(((rows + SPARE_ROWS) * parts, LANES), jnp.uint32),
         ),
         in_specs=[in_hbm, in_hbm, in_vmem],
         out_specs=(in_hbm, in_hbm, in_vmem),
+        scratch_shapes=[chunk_rows.buffers(*pieces)],
         interpret=interpret,
-    )(query.reshape(shape), key_stop.reshape(-1, 1, LANES), state.reshape(-1, LANES))
+    )(*pieces, state.reshape(-1, LANES))
 
     row = np.asarray(row).reshape(-1, parts * LANES)
     halves = [query] if dtype == "float32" else [query[:, :48], query[:, 48:]]
