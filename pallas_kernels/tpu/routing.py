@@ -40,7 +40,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
+from pallas_kernels.tpu.key_work import LANES, NT, TN, product, round_up
+
 _SUBLANES = 8
 _LEVELS = 4  # blocks of a column
 _FLOAT_BITS = 0x4B000000  # of 2**23; an integer below 2**23 added to them makes the float32 of 2**23 + integer
@@ -57,8 +58,8 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
-            if size < _LANES or size % _LANES:
-                raise ValueError(f"{name} must be a positive multiple of {_LANES}, got {name}={size}")
+            if size < LANES or size % LANES:
+                raise ValueError(f"{name} must be a positive multiple of {LANES}, got {name}={size}")
 
 
 DEFAULT = RoutingConfig()
@@ -118,10 +119,10 @@ def route(
     means = _by_levels(means)
     if query.dtype == jnp.bfloat16:
         means = _in_pieces(means)
-    tile = min(config.queries, _round_up(num_queries, _LANES))
+    tile = min(config.queries, round_up(num_queries, LANES))
     padding = -num_queries % tile
     num_tiles = (num_queries + padding) // tile
-    stretch = min(config.blocks, _round_up(block_start.shape[1], _LEVELS * _SUBLANES))
+    stretch = min(config.blocks, round_up(block_start.shape[1], _LEVELS * _SUBLANES))
     query = jnp.pad(query.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
     first_block = jnp.pad(first_block, ((0, 0), (0, padding)))  # [batch, queries]
     last_block = jnp.pad(last_block, ((0, 0), (0, padding)), constant_values=-1)  # [batch, queries]
@@ -136,7 +137,7 @@ def route(
     plain_end = last_block.reshape(of_tiles).min(2) + (0 if is_causal else 1)
     bounds = jnp.stack([begin, end, plain_begin, plain_end], axis=2)  # [batch, tiles, 4]
     num_steps = jnp.maximum((end - begin).max(), 1)
-    list_rows = _round_up(top_k, _SUBLANES)
+    list_rows = round_up(top_k, _SUBLANES)
 
     def tile_of_means(b: jax.Array, h: jax.Array, t: jax.Array, step: jax.Array, bounds: Any) -> tuple[Any, ...]:
         at = (b * num_tiles + t) * 4
@@ -218,7 +219,9 @@ def _route_kernel(
 
     def sort(is_cut: bool) -> jax.Array:
         """Fills score_ref, word_ref and next_ref; how many extractions are enough for every query."""
-        product = _product(mean_ref[0, 0], query_ref[0, 0])
+        mean, query = mean_ref[0, 0], query_ref[0, 0]
+        query = jnp.concatenate([query] * (mean.shape[1] // query.shape[1]), axis=1)  # against each piece of the means
+        scores = product(mean, query, NT)  # [blocks, queries]; products of bfloat16 are exact
         first, last = (reach_ref[0, row : row + 1] - first_block for row in range(2))  # [1, queries]
         threshold = best_score_ref[top_k - 1 : top_k]  # [1, queries]
         row = lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_queries), 0)
@@ -226,7 +229,7 @@ def _route_kernel(
         better = jnp.zeros(row.shape, jnp.float32)
         for number, group in enumerate(groups):
             begin = number * _LEVELS * _SUBLANES
-            score = [product[begin + level * _SUBLANES :][:_SUBLANES] for level in range(_LEVELS)]
+            score = [scores[begin + level * _SUBLANES :][:_SUBLANES] for level in range(_LEVELS)]
             for level in range(_LEVELS if is_cut else 0):
                 block = begin + _LEVELS * row + level
                 forced = jnp.where(block == last, jnp.inf, score[level]) if is_causal else score[level]
@@ -300,14 +303,6 @@ def _sort_columns(score: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     return score, functools.reduce(lambda levels, number: levels * 4 + number, reversed(level))
 
 
-def _product(mean: jax.Array, query: jax.Array) -> jax.Array:
-    """Scores `[blocks, queries]` of means, in pieces if bfloat16, and queries `[queries, head_dim]`, in float32."""
-    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None  # products of bfloat16 are exact
-    query = jnp.concatenate([query] * (mean.shape[1] // query.shape[1]), axis=1)
-    dimensions = (((1,), (1,)), ((), ()))
-    return lax.dot_general(mean, query, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def block_means(
     key: jax.Array,
     *,
@@ -328,9 +323,9 @@ def block_means(
     """
     batch, num_keys, kv_heads, head_dim = key.shape
     num_blocks = block_start.shape[1]
-    padding = -num_blocks % (_LANES if num_blocks <= _LANES else config.blocks)
-    num_groups = (num_blocks + padding) // _LANES
-    key_rows = min(config.key_rows, _round_up(num_keys, _LANES))
+    padding = -num_blocks % (LANES if num_blocks <= LANES else config.blocks)
+    num_groups = (num_blocks + padding) // LANES
+    key_rows = min(config.key_rows, round_up(num_keys, LANES))
     num_tiles = -(-num_keys // key_rows)
     key = jnp.pad(key.swapaxes(1, 2), ((0, 0), (0, 0), (0, num_tiles * key_rows - num_keys), (0, 0)))
     block_start = jnp.pad(block_start, ((0, 0), (0, padding)), constant_values=num_keys)
@@ -338,11 +333,11 @@ def block_means(
     block_stop = block_start + block_length  # [batch, blocks]
 
     # The tiles of keys that a group of blocks touches, and the groups in which there is a block at all.
-    first_tile = block_start[:, ::_LANES] // key_rows  # [batch, groups]
-    group_stop = jnp.where(block_length > 0, block_stop, 0).reshape(batch, num_groups, _LANES).max(2)
+    first_tile = block_start[:, ::LANES] // key_rows  # [batch, groups]
+    group_stop = jnp.where(block_length > 0, block_stop, 0).reshape(batch, num_groups, LANES).max(2)
     tile_stop = -(-group_stop // key_rows)  # [batch, groups]
     groups_in_use = jnp.maximum((group_stop > 0).sum(1).max(), 1)
-    num_steps = min(_LANES * block_size // key_rows + 2, num_tiles)
+    num_steps = min(LANES * block_size // key_rows + 2, num_tiles)
 
     def tile_of_keys(b: jax.Array, h: jax.Array, g: jax.Array, step: jax.Array, first: Any, stop: Any) -> tuple:
         last = jnp.maximum(stop[b * num_groups + g] - 1, 0)
@@ -355,10 +350,10 @@ def block_means(
             num_scalar_prefetch=2,
             grid=(batch, kv_heads, groups_in_use, num_steps),
             in_specs=[
-                pl.BlockSpec((1, 2, _LANES), lambda b, h, g, *_: (b, 0, g)),
+                pl.BlockSpec((1, 2, LANES), lambda b, h, g, *_: (b, 0, g)),
                 pl.BlockSpec((1, 1, key_rows, head_dim), tile_of_keys),
             ],
-            out_specs=pl.BlockSpec((1, 1, _LANES, head_dim), lambda b, h, g, *_: (b, h, g, 0)),
+            out_specs=pl.BlockSpec((1, 1, LANES, head_dim), lambda b, h, g, *_: (b, h, g, 0)),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
@@ -389,17 +384,7 @@ def _means_kernel(
     @pl.when(tile < tile_stop_ref[group])
     def _() -> None:
         key = key_ref[0, 0]
-        place = tile * key.shape[0] + lax.broadcasted_iota(jnp.int32, (key.shape[0], _LANES), 0)
+        place = tile * key.shape[0] + lax.broadcasted_iota(jnp.int32, (key.shape[0], LANES), 0)
         start, stop = bounds_ref[0, 0:1], bounds_ref[0, 1:2]  # [1, 128]
         member = jnp.where((start <= place) & (place < stop), 1.0, 0.0).astype(key.dtype)
-        total_ref[0, 0] += lax.dot_general(
-            member,
-            key,
-            (((0,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST if key.dtype == jnp.float32 else None,  # 1 and 0 are exact in any case
-            preferred_element_type=jnp.float32,
-        )
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+        total_ref[0, 0] += product(member, key, TN)  # 1 and 0 are exact in any case
