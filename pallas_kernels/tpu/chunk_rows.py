@@ -39,16 +39,16 @@ class Buffers(NamedTuple):
     log_sum_exp: Any
     semaphore: Any  # DMA [2]
 
-
-def buffers(query: jax.Array, key_stop: jax.Array) -> Buffers:
-    """What the kernels allocate, for `[pieces, piece_rows, head_dim]` and `[pieces, piece_rows / 128, 128]`."""
-    number_shape = 2, *key_stop.shape[1:]
-    return Buffers(
-        pltpu.VMEM((2, *query.shape[1:]), query.dtype),
-        pltpu.VMEM(number_shape, jnp.int32),
-        pltpu.VMEM(number_shape, jnp.float32),
-        pltpu.SemaphoreType.DMA((2,)),
-    )
+    @classmethod
+    def allocate(cls, query: jax.Array, key_stop: jax.Array) -> "Buffers":
+        """Scratch shapes for `[pieces, piece_rows, head_dim]` and `[pieces, piece_rows / 128, 128]`."""
+        number_shape = 2, *key_stop.shape[1:]
+        return cls(
+            pltpu.VMEM((2, *query.shape[1:]), query.dtype),
+            pltpu.VMEM(number_shape, jnp.int32),
+            pltpu.VMEM(number_shape, jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+        )
 
 
 def load(query_hbm: Any, key_stop_hbm: Any, rows_ref: Any, buffers: Buffers) -> None:

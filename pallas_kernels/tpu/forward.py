@@ -194,7 +194,7 @@ def attend_tiles(
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.VMEM((num_slots * parts, LANES), jnp.uint32),
                 pltpu.VMEM((num_slots * state_parts, LANES), jnp.float32),
-                chunk_rows.buffers(query, key_stop),
+                chunk_rows.Buffers.allocate(query, key_stop),
             ],
         ),
         compiler_params=pltpu.CompilerParams(

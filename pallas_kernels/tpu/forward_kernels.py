@@ -11,8 +11,8 @@ costs a tenth of a cycle a pair.
 
 Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: queries 16 MB as words of 32 bits (`key_work`), accumulator 32 MB
 (output | sum of weights, both 128 lanes), fetched rows and results of a step 0.5 and 1 MB, keys and values of a step's
-tiles 2 x 0.5 MB, copied from HBM during the step before. SMEM: row numbers of two steps, and three numbers a tile,
-prefetched for the whole chunk.
+tiles 2 x 0.5 MB, copied from HBM during the step before, queries or outputs on their way 2 x 0.5 MB. SMEM: row numbers
+of two steps, and three numbers a tile, prefetched for the whole chunk.
 
 The softmax. `kernel_fixed` computes exp2(x) of the logits x in units of log2, without subtracting a maximum: then the
 parts of a query simply add up. That is exact as long as no logit leaves +-`FIXED_RANGE`, which |q| |k| tells beforehand

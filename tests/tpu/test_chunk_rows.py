@@ -43,14 +43,17 @@ def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
         ),
         in_specs=[in_hbm, in_hbm, in_vmem],
         out_specs=(in_hbm, in_hbm, in_vmem),
-        scratch_shapes=[chunk_rows.buffers(*pieces)],
+        scratch_shapes=[chunk_rows.Buffers.allocate(*pieces)],
         interpret=interpret,
     )(*pieces, state.reshape(-1, LANES))
 
     row = np.asarray(row).reshape(-1, parts * LANES)
-    halves = [query] if dtype == "float32" else [query[:, :48], query[:, 48:]]
-    bits = [half.view(np.uint32 if dtype == "float32" else np.uint16).astype(np.uint32) for half in halves]
-    np.testing.assert_array_equal(row[:rows, :words], bits[0] | (bits[-1] << 16) if len(bits) == 2 else bits[0])
+    if dtype == "float32":
+        want = query.view(np.uint32)
+    else:
+        bits = query.view(np.uint16).astype(np.uint32)
+        want = bits[:, :words] | (bits[:, words:] << 16)
+    np.testing.assert_array_equal(row[:rows, :words], want)
     np.testing.assert_array_equal(row[:rows, words], key_stop)
     assert not row[rows:].any()
     total, largest = state[3:rows, head_dim].astype(np.float64), state[3:rows, -1]
