@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 from sparse_attn.grammar import rest
 from sparse_attn.merge import merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.systems import xattention
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.tokens import attend_tokens
 from sparse_attn.visibility import NOWHERE, Visibility, make_visibility, visible_blocks
@@ -165,3 +166,20 @@ def test_visible_blocks_never_miss_a_pair():
     for i, j in np.ndindex(4, 4):
         expected[i, j] = mask[4 * i : 4 * i + 4, 8 * j : 8 * j + 8].any()
     np.testing.assert_array_equal(visible_blocks(visibility, 4, 8)[0, 0], expected)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(1024, 2, 1), (1152, 4, 2), (1153, 3, 1), (2049, 7, 1)])
+def test_grouped_heads_at_real_lengths_equal_dense_attention(tokens, heads, kv_heads):
+    """Every block is kept at threshold 1, so the right value is dense attention, in outputs and gradients."""
+    random = np.random.default_rng(6)
+    query, key, value = (
+        random.standard_normal((1, tokens, n, 16)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
+    )
+
+    def output_and_gradients(attend):
+        output, pull_back = jax.vjp(attend, query, key, value)
+        return output, pull_back(jnp.sin(output))
+
+    actual = jax.jit(lambda: output_and_gradients(lambda *x: xattention.attention(*x, threshold=1.0)))()
+    expected = jax.jit(lambda: output_and_gradients(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True)))()
+    jax.tree.map(lambda a, e: assert_close(a, e, "float32"), actual, expected)
