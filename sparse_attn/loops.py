@@ -10,16 +10,35 @@ _ELEMENTS_PER_STEP = {"cpu": 2**20}
 _ELEMENTS_PER_STEP_ELSEWHERE = 2**26
 
 
-def heads_per_step(num_heads: int, elements_per_head: int) -> int:
-    """How many heads to take at a time, when a head's largest array has `elements_per_head` elements."""
-    elements = _ELEMENTS_PER_STEP.get(jax.default_backend(), _ELEMENTS_PER_STEP_ELSEWHERE)
+def at_most(size: int, bound: int) -> int:
+    """min(size, bound), or size where bound is symbolic (`jax.export.symbolic_shape`) and may be either."""
+    return min(size, bound) if isinstance(bound, int) else size
+
+
+def at_least(size: int, bound: int) -> int:
+    """max(size, bound), or size where bound is symbolic and may be either."""
+    return max(size, bound) if isinstance(bound, int) else size
+
+
+def heads_per_step(num_heads: int, elements_per_head: int, elements: int | None = None) -> int:
+    """How many heads to take at a time.
+
+    Args:
+      num_heads: how many there are; if symbolic, they are taken one by one.
+      elements_per_head: of a head's largest array.
+      elements: of a step's largest array. None: what suits the platform.
+    """
+    if not isinstance(num_heads, int) or not isinstance(elements_per_head, int):
+        return 1
+    if elements is None:
+        elements = _ELEMENTS_PER_STEP.get(jax.default_backend(), _ELEMENTS_PER_STEP_ELSEWHERE)
     return max(1, min(num_heads, elements // elements_per_head))
 
 
 def map_heads(function: Callable[..., Any], inputs: tuple, heads: int) -> Any:
     """`function(*inputs)` for every entry along the leading axis of inputs, `heads` entries at a time."""
     num_heads = jax.tree.leaves(inputs)[0].shape[0]
-    if heads >= num_heads:
+    if isinstance(num_heads, int) and heads >= num_heads:
         return jax.vmap(function)(*inputs)
     return jax.lax.map(lambda entry: function(*entry), inputs, batch_size=heads if heads > 1 else None)
 

@@ -52,7 +52,7 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
       layout: geometry of the batch.
-      top_k: blocks a query may choose, at most the number of blocks.
+      top_k: blocks a query may choose, at most the number of blocks where that is known.
       is_causal: whether the own block is forced.
 
     Returns:
@@ -70,6 +70,8 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
     if is_causal:
         scores = jnp.where((is_visible & (block == last))[:, None], jnp.inf, scores)
     scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
+    if not isinstance(layout.num_blocks, int):  # of symbolic size: there may be fewer than top_k
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, top_k)), constant_values=-jnp.inf)
     best, indices = jax.lax.top_k(scores, top_k)  # stable: the lower index wins a tie
     return jnp.where(best == -jnp.inf, -1, indices)
 
@@ -90,24 +92,52 @@ def attend(
     Returns:
       Output like query, and the log-sum-exp of the logits, float32 `[batch, queries, heads]`, -inf for none.
     """
-    batch, num_queries, _, head_dim = query.shape
-    accumulator = jnp.promote_types(query.dtype, jnp.float32)
     block = jnp.arange(layout.num_blocks).reshape(1, 1, 1, 1, -1)
     is_chosen = (indices[..., None] == block).any(-2)  # [batch, heads, queries, blocks]
     is_chosen = jnp.take_along_axis(is_chosen, layout.block_of_key()[:, None, None, :], axis=-1)  # [.., queries, keys]
     place = jnp.arange(layout.num_keys)[None, None, :]
     is_seen = (layout.key_start[..., None] <= place) & (place < layout.key_stop[..., None])  # [batch, queries, keys]
-    mask = is_chosen & is_seen[:, None]  # [batch, heads, queries, keys]
+    output, log_sum_exp = masked_attention(query, key, value, is_chosen & is_seen[:, None], scale=scale)
+    return output.astype(query.dtype), log_sum_exp
 
-    grouped = query.reshape(batch, num_queries, key.shape[2], -1, head_dim).astype(accumulator)
+
+def masked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    key_log_weight: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scale q k + key_log_weight) v over the true entries of a mask, S8 and S9 kept, in plain JAX.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`.
+      value: shaped like key.
+      mask: bool `[batch, heads, queries, keys]`.
+      scale: factor of the logits.
+      key_log_weight: float32 `[batch, keys, kv_heads]`, added to the logits.
+
+    Returns:
+      Output `[batch, queries, heads, head_dim]` and log-sum-exp of the logits `[batch, queries, heads]`, -inf for none;
+      both float32 (float64 for float64).
+    """
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[1:3]
+    accumulator = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, num_queries, kv_heads, num_heads // kv_heads, head_dim).astype(accumulator)
     logits = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key.astype(accumulator))
+    if key_log_weight is not None:
+        logits += key_log_weight.astype(accumulator).swapaxes(1, 2)[:, :, None, None]
     logits = jnp.where(mask, logits.reshape(mask.shape), -jnp.inf)
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weight = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
     total = weight.sum(-1, keepdims=True)
     is_empty = total == 0  # S9
     total = jnp.where(is_empty, 1, total)
-    probability = (weight / total).reshape(batch, key.shape[2], -1, num_queries, layout.num_keys)
+    probability = (weight / total).reshape(batch, kv_heads, num_heads // kv_heads, num_queries, num_keys)
     output = jnp.einsum("bkgts,bskd->btkgd", probability, value.astype(accumulator))
     log_sum_exp = jnp.where(is_empty, -jnp.inf, jnp.log(total) + largest)[..., 0]  # [batch, heads, queries]
-    return output.reshape(query.shape).astype(query.dtype), log_sum_exp.swapaxes(1, 2)
+    return output.reshape(query.shape), log_sum_exp.swapaxes(1, 2)

@@ -5,16 +5,15 @@ the blocks a stretch at a time and keeps its best so far. Only stretches that so
 visited, which halves the causal work and keeps packed batches cheap, whose tables of blocks are mostly empty.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from sparse_attn.layout import Layout
-from sparse_attn.loops import heads_per_step, loop_bound, map_heads
-
-_ROWS_PER_CHUNK = 2048
-_BLOCKS_PER_STEP = 128
+from sparse_attn.loops import at_most, heads_per_step, loop_bound, map_heads
+from sparse_attn.sharding import over_auto_axes, vary_alike
 
 
 def block_means(key: jax.Array, layout: Layout) -> jax.Array:
@@ -39,22 +38,52 @@ def block_means(key: jax.Array, layout: Layout) -> jax.Array:
     return total / jnp.maximum(layout.block_length, 1)[..., None, None]
 
 
-def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_causal: bool) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What bounds the steps of the router's loops.
+
+    Attributes:
+      rows_per_chunk: queries times heads of a group that are in work at a time.
+      blocks_per_step: blocks that they are scored against at a time, at least top_k.
+      elements_per_step: bounds the heads side by side, see `heads_per_step`.
+    """
+
+    rows_per_chunk: int = 2048
+    blocks_per_step: int = 128
+    elements_per_step: int | None = None
+
+
+def route(
+    query: jax.Array,
+    key: jax.Array,
+    layout: Layout,
+    *,
+    top_k: int,
+    is_causal: bool,
+    sizes: Sizes = Sizes(),
+) -> jax.Array:
     """Same as `reference.route`."""
+    call = functools.partial(_route, top_k=top_k, is_causal=is_causal, sizes=sizes)
+    operands = vary_alike((query, key, layout))
+    return over_auto_axes(call, operands, ("b.h", "b.k", "b"), "bh", group=query.shape[2] // key.shape[2])
+
+
+def _route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_causal: bool, sizes: Sizes) -> jax.Array:
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
+    group = num_heads // kv_heads
     means = block_means(key, layout)
-    step_blocks = min(max(_BLOCKS_PER_STEP, top_k), layout.num_blocks)
+    step_blocks = at_most(max(sizes.blocks_per_step, top_k), layout.num_blocks)
     means = jnp.pad(means, ((0, 0), (0, -layout.num_blocks % step_blocks), (0, 0), (0, 0)))
     means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
 
     # Rows are (query, head of the group), query-major, for one key/value head of one batch row.
-    rows = num_queries * num_heads // kv_heads
-    chunk_rows = min(_ROWS_PER_CHUNK, rows)
+    rows = num_queries * group
+    chunk_rows = at_most(sizes.rows_per_chunk, rows)
     num_chunks = -(-rows // chunk_rows)
 
     def split(array: jax.Array, fill: int) -> jax.Array:  # [batch, queries, heads, x]
-        array = array.reshape(batch, num_queries, kv_heads, num_heads // kv_heads, -1).swapaxes(1, 2)
+        array = array.reshape(batch, num_queries, kv_heads, group, -1).swapaxes(1, 2)
         array = array.reshape(batch * kv_heads, rows, -1)
         array = jnp.pad(array, ((0, 0), (0, num_chunks * chunk_rows - rows), (0, 0)), constant_values=fill)
         return array.reshape(batch * kv_heads, num_chunks, chunk_rows, -1)
@@ -66,9 +95,7 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
         first, last = reach[:, :1], reach[:, 1:]  # [chunk_rows, 1]
 
         def extend(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            mean = jax.lax.dynamic_slice_in_dim(
-                means, step * step_blocks, step_blocks
-            )  # [blocks of the step, head_dim]
+            mean = jax.lax.dynamic_slice_in_dim(means, step * step_blocks, step_blocks)  # [step_blocks, head_dim]
             block = step * step_blocks + jnp.arange(step_blocks, dtype=jnp.int32)[None, :]
             score = jnp.matmul(query.astype(mean.dtype), mean.T, precision="highest")
             if is_causal:
@@ -84,14 +111,15 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
         begin = jnp.where(is_reached, first, layout.num_blocks).min() // step_blocks
         end = jnp.where(is_reached, last, -1).max() // step_blocks + 1
         empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
+        empty = vary_alike(empty, query)
         score, block = jax.lax.fori_loop(-loop_bound(-begin), loop_bound(end), extend, empty)
         return jnp.where(score == -jnp.inf, -1, block)
 
     def route_head(means: jax.Array, query: jax.Array, reach: jax.Array) -> jax.Array:
         return jax.lax.map(lambda rows: route_chunk(means, *rows), (query, reach))
 
-    heads = heads_per_step(batch * kv_heads, chunk_rows * step_blocks)
+    heads = heads_per_step(batch * kv_heads, chunk_rows * step_blocks, sizes.elements_per_step)
     indices = map_heads(route_head, (means, split(query, 0), split(reach, -1)), heads)
     indices = indices.reshape(batch, kv_heads, -1, top_k)[:, :, :rows]
-    indices = indices.reshape(batch, kv_heads, num_queries, -1, top_k).swapaxes(2, 3)
+    indices = indices.reshape(batch, kv_heads, num_queries, group, top_k).swapaxes(2, 3)
     return indices.reshape(batch, num_heads, num_queries, top_k)

@@ -21,12 +21,146 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_attn import derivatives, reference
+from sparse_attn.derivatives import Arrays, Results
 from sparse_attn.loops import heads_per_step, loop_bound, map_heads
 from sparse_attn.merge import Partial, as_partial
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import vary_alike
 from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks, zero_unseen
 
-_LOGITS_PER_STEP = 2**17  # bounds the logits of a step, so that they stay in the second-level cache
+
+class Choice(NamedTuple):
+    """What is attended."""
+
+    chosen: jax.Array  # bool [batch, heads, query_blocks, key_blocks]
+    visibility: Visibility
+    key_log_weight: jax.Array  # float32 [batch, keys, kv_heads or 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTile:
+    """The backend: attention of every tile of queries over its own list of blocks.
+
+    Attributes:
+      query_block_size: queries in a tile.
+      key_block_size: keys in a block.
+      scale: factor of the logits.
+      logits_per_step: bounds the logits of a step, so that they stay in the second-level cache.
+      elements_per_step: bounds the heads side by side, see `heads_per_step`.
+    """
+
+    query_block_size: int
+    key_block_size: int
+    scale: float
+    logits_per_step: int = 2**17
+    elements_per_step: int | None = None
+
+    def choice_axes(self, choice: Choice) -> Any:
+        def of_keys(array: jax.Array) -> str:
+            return "b.k" if array.shape[2] > 1 else "b"
+
+        axes: Any = ("b", "b", of_keys(choice.visibility.position))
+        axes = ("bh", Visibility(*axes), of_keys(choice.key_log_weight))
+        return Choice(*axes)
+
+    def forward(self, arrays: Arrays, choice: Choice) -> Results:
+        """Output and log-sum-exp, float32."""
+        query, key, _ = arrays
+        plan = _make_plan(query, key, self)
+        attend_head = functools.partial(_attend_head, plan=plan)
+        operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
+        output, log_sum_exp = map_heads(attend_head, operands, plan.heads_per_step)
+        return _join_tiles(output, query.shape, plan), _join_tiles(log_sum_exp[..., None], query.shape, plan)[..., 0]
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results) -> Arrays:
+        """As in `sparse_attn.xla`."""
+        query, key, _ = arrays
+        (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
+        d_output = d_output.astype(query.dtype)
+        delta = (d_output.astype(output.dtype) * output).sum(-1) - d_log_sum_exp  # [batch, queries, heads]
+        plan = _make_plan(query, key, self)
+        log_sum_exp = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp)
+        rows = [_split_queries(x, key.shape[2], plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
+        operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
+        inputs = (*operands, rows[0], rows[1][..., 0], rows[2][..., 0])
+        differentiate_head = functools.partial(_differentiate_head, plan=plan)
+        d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
+
+        def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, key_blocks, m, d] -> like key
+            batch, num_keys, kv_heads, head_dim = key.shape
+            gradient = gradient.reshape(batch, kv_heads, -1, head_dim)[:, :, :num_keys]
+            return gradient.swapaxes(1, 2).astype(key.dtype)
+
+        return _join_tiles(d_query, query.shape, plan).astype(query.dtype), join_keys(d_key), join_keys(d_value)
+
+    def dense(self, arrays: Arrays, choice: Choice) -> Results:
+        query, key, value = arrays
+        chosen, (start, stop, position), key_log_weight = choice
+        chosen = chosen.repeat(self.query_block_size, 2)[:, :, : query.shape[1]]
+        chosen = chosen.repeat(self.key_block_size, 3)[..., : key.shape[1]]  # [batch, heads, queries, keys]
+        position = position.swapaxes(1, 2)[:, :, None]  # [batch, kv_heads or 1, 1, keys]
+        is_seen = (start[:, None, :, None] <= position) & (position < stop[:, None, :, None])
+        mask = chosen & is_seen.repeat(query.shape[2] // is_seen.shape[1], axis=1)
+        return reference.masked_attention(query, key, value, mask, scale=self.scale, key_log_weight=key_log_weight)
+
+
+def attend_tiles(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    levels: LevelMap,
+    visibility: Visibility,
+    *,
+    scale: float,
+    level: int = 1,
+    key_log_weight: jax.Array | None = None,
+    **sizes: int,
+) -> Partial:
+    """Softmax attention of every query over the visible keys of the blocks that its tile has at `level`.
+
+    logits = scale q k + key_log_weight. Gradients flow to query, key and value; softmax and sums are float32.
+    Source: FlashAttention-2 (arXiv 2307.08691), sections 2 and 3, over a list of blocks.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
+      value: shaped like key.
+      levels: the choice; its sizes must cover the queries and keys.
+      visibility: which keys a query may see inside chosen blocks.
+      scale: factor of the logits.
+      level: the level of the map that is attended here.
+      key_log_weight: float32 `[batch, keys, kv_heads]`, natural logarithm of how many times a key counts; no gradient.
+      sizes: those of `PerTile`.
+
+    Raises:
+      ValueError: levels does not fit the arrays.
+    """
+    batch, num_queries, num_heads, _ = query.shape
+    num_keys = key.shape[1]
+    query_block, key_block = levels.query_block_size, levels.key_block_size
+    expected = (batch, num_heads, -(-num_queries // query_block), -(-num_keys // key_block))
+    if levels.levels.shape != expected:
+        raise ValueError(
+            f"levels must be [batch, heads, query_blocks, key_blocks] = {expected}, got {levels.levels.shape}"
+        )
+    query, key, value = zero_unseen(query, key, value, visibility)
+    chosen = (levels.levels == level) & visible_blocks(visibility, query_block, key_block).repeat(
+        num_heads // visibility.position.shape[2], axis=1
+    )
+    query_block, key_block = min(query_block, num_queries), min(key_block, num_keys)
+    if jax.default_backend() == "tpu" and key_log_weight is None:
+        from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
+
+        with contextlib.suppress(NotImplementedError):
+            return as_partial(
+                *pallas.attend_tiles(query, key, value, chosen, visibility, query_block, key_block, scale)
+            )
+    if key_log_weight is None:
+        key_log_weight = jnp.zeros((batch, num_keys, 1), jnp.float32)
+    choice = Choice(chosen, visibility, jax.lax.stop_gradient(key_log_weight))
+    backend = PerTile(query_block, key_block, scale, **sizes)
+    return as_partial(*derivatives.attend(backend, (query, key, value), choice))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +172,17 @@ class _Plan:
     tiles_per_step: int
     heads_per_step: int
     scale: float
+
+
+def _make_plan(query: jax.Array, key: jax.Array, backend: PerTile) -> _Plan:
+    batch, num_queries, num_heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    query_block, key_block = backend.query_block_size, backend.key_block_size
+    tiles = -(-num_queries // query_block) * num_heads // kv_heads
+    tiles_per_step = max(1, min(backend.logits_per_step // (query_block * key_block), tiles))
+    elements = tiles_per_step * query_block * max(key_block, head_dim)
+    heads = heads_per_step(batch * kv_heads, elements, backend.elements_per_step)
+    return _Plan(query_block, key_block, tiles_per_step, heads, backend.scale)
 
 
 class _Tiles(NamedTuple):
@@ -59,124 +204,6 @@ class _Keys(NamedTuple):
     log_weight: jax.Array  # [key_blocks, m]
 
 
-def attend_tiles(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    levels: LevelMap,
-    visibility: Visibility,
-    *,
-    scale: float,
-    level: int = 1,
-    key_log_weight: jax.Array | None = None,
-) -> Partial:
-    """Softmax attention of every query over the visible keys of the blocks that its tile has at `level`.
-
-    logits = scale q k + key_log_weight. Gradients flow to query, key and value; softmax and sums are float32.
-    Source: FlashAttention-2 (arXiv 2307.08691), sections 2 and 3, over a list of blocks.
-
-    Args:
-      query: `[batch, queries, heads, head_dim]`.
-      key: `[batch, keys, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
-      value: shaped like key.
-      levels: the choice; its sizes must cover the queries and keys.
-      visibility: which keys a query may see inside chosen blocks.
-      scale: factor of the logits.
-      level: the level of the map that is attended here.
-      key_log_weight: float32 `[batch, keys, kv_heads]`, natural logarithm of how many times a key counts; no gradient.
-
-    Raises:
-      ValueError: levels does not fit the arrays.
-    """
-    batch, num_queries, num_heads, head_dim = query.shape
-    num_keys, kv_heads = key.shape[1:3]
-    query_block, key_block = levels.query_block_size, levels.key_block_size
-    expected = (batch, num_heads, -(-num_queries // query_block), -(-num_keys // key_block))
-    if levels.levels.shape != expected:
-        raise ValueError(
-            f"levels must be [batch, heads, query_blocks, key_blocks] = {expected}, got {levels.levels.shape}"
-        )
-    query, key, value = zero_unseen(query, key, value, visibility)
-    chosen = (levels.levels == level) & visible_blocks(visibility, query_block, key_block).repeat(
-        num_heads // visibility.position.shape[2], axis=1
-    )
-    if jax.default_backend() == "tpu" and key_log_weight is None:
-        from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
-
-        with contextlib.suppress(NotImplementedError):
-            return as_partial(
-                *pallas.attend_tiles(query, key, value, chosen, visibility, query_block, key_block, scale)
-            )
-    tiles_per_step = max(1, min(_LOGITS_PER_STEP // (query_block * key_block), expected[2] * num_heads // kv_heads))
-    heads = heads_per_step(batch * kv_heads, tiles_per_step * query_block * max(key_block, head_dim))
-    plan = _Plan(query_block, key_block, tiles_per_step, heads, scale)
-    if key_log_weight is None:
-        key_log_weight = jnp.zeros((batch, num_keys, 1), jnp.float32)
-    return as_partial(*_attend(query, key, value, chosen, visibility, jax.lax.stop_gradient(key_log_weight), plan))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    chosen: jax.Array,
-    visibility: Visibility,
-    key_log_weight: jax.Array,
-    plan: _Plan,
-) -> tuple[jax.Array, jax.Array]:
-    tiles = _split_tiles(query, chosen, visibility, key.shape[2], plan)
-    keys = _split_keys(key, value, visibility, key_log_weight, plan)
-    attend_head = functools.partial(_attend_head, plan=plan)
-    output, log_sum_exp = map_heads(attend_head, (tiles, keys), plan.heads_per_step)
-    return (
-        _join_tiles(output, query.shape, plan).astype(query.dtype),
-        _join_tiles(log_sum_exp[..., None], query.shape, plan)[..., 0],
-    )
-
-
-def _attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    chosen: jax.Array,
-    visibility: Visibility,
-    key_log_weight: jax.Array,
-    plan: _Plan,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    output, log_sum_exp = _attend(query, key, value, chosen, visibility, key_log_weight, plan)
-    return (output, log_sum_exp), (query, key, value, chosen, visibility, key_log_weight, output, log_sum_exp)
-
-
-def _attend_backward(plan: _Plan, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
-    """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO.
-
-    delta = sum(dO O) - dL, where dL is the gradient of the log-sum-exp. FlashAttention-2 (arXiv 2307.08691), section 2.
-    """
-    query, key, value, chosen, visibility, key_log_weight, output, log_sum_exp = residuals
-    d_output, d_log_sum_exp = gradients
-    dtype = log_sum_exp.dtype
-    delta = (d_output.astype(dtype) * output.astype(dtype)).sum(-1) - d_log_sum_exp  # [batch, queries, heads]
-    tiles = _split_tiles(query, chosen, visibility, key.shape[2], plan)
-    keys = _split_keys(key, value, visibility, key_log_weight, plan)
-    log_sum_exp = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp)
-    rows = [_split_queries(x, key.shape[2], plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
-    differentiate_head = functools.partial(_differentiate_head, plan=plan)
-    inputs = (tiles, keys, rows[0], rows[1][..., 0], rows[2][..., 0])
-    d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
-
-    def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, key_blocks, m, d] -> like key
-        batch, num_keys, kv_heads, head_dim = key.shape
-        gradient = gradient.reshape(batch, kv_heads, -1, head_dim)[:, :, :num_keys]
-        return gradient.swapaxes(1, 2).astype(key.dtype)
-
-    d_query = _join_tiles(d_query, query.shape, plan).astype(query.dtype)
-    return d_query, join_keys(d_key), join_keys(d_value), None, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
 def _split_queries(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
     """`[batch, queries, heads, x]` to `[batch * kv_heads, tiles, t, x]`, zeros behind the last query and tile."""
     batch, num_queries, _, size = array.shape
@@ -186,20 +213,26 @@ def _split_queries(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
 
 
 def _join_tiles(array: jax.Array, shape: tuple[int, ...], plan: _Plan) -> jax.Array:
-    """Undoes `_split_queries` for queries of `shape` (its last axis aside)."""
+    """Undoes `_split_queries`: `[batch * kv_heads, steps, tiles_per_step, t, x]` to `[batch, queries, heads, x]`.
+
+    Args:
+      array: tiles by steps, of which the last may reach beyond the last tile.
+      shape: that of the query; its last axis does not count.
+      plan: sizes.
+    """
     batch, num_queries, num_heads, _ = shape
     query_blocks = -(-num_queries // plan.query_block_size)
-    array = array.reshape(batch, array.shape[0] // batch, -1, *array.shape[2:])  # [batch, kv_heads, tiles, t, x]
-    tiles = num_heads // array.shape[1] * query_blocks
-    array = array[:, :, :tiles].reshape(batch, num_heads, -1, array.shape[-1])
+    group = num_heads * batch // array.shape[0]
+    array = array.reshape(array.shape[0], -1, *array.shape[3:])[:, : group * query_blocks]  # the tiles there are
+    array = array.reshape(batch, num_heads, -1, array.shape[-1])  # [batch, heads, queries and filling, x]
     return array[:, :, :num_queries].swapaxes(1, 2)
 
 
-def _split_tiles(query: jax.Array, chosen: jax.Array, visibility: Visibility, kv_heads: int, plan: _Plan) -> _Tiles:
+def _split_tiles(query: jax.Array, choice: Choice, kv_heads: int, plan: _Plan) -> _Tiles:
     batch, num_queries, num_heads, _ = query.shape
-    reach = jnp.stack([visibility.start, visibility.stop], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
+    reach = jnp.stack([choice.visibility.start, choice.visibility.stop], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
     reach = _split_queries(jnp.broadcast_to(reach, (batch, num_queries, num_heads, 2)), kv_heads, plan)
-    chosen = chosen.reshape(batch * kv_heads, -1, chosen.shape[-1])  # [batch * kv_heads, tiles, key_blocks]
+    chosen = choice.chosen.reshape(batch * kv_heads, -1, choice.chosen.shape[-1])  # [.., tiles, key_blocks]
     chosen = jnp.pad(chosen, ((0, 0), (0, -chosen.shape[1] % plan.tiles_per_step), (0, 0)))
     return _Tiles(
         query=_split_queries(query, kv_heads, plan),
@@ -210,10 +243,9 @@ def _split_tiles(query: jax.Array, chosen: jax.Array, visibility: Visibility, kv
     )
 
 
-def _split_keys(
-    key: jax.Array, value: jax.Array, visibility: Visibility, key_log_weight: jax.Array, plan: _Plan
-) -> _Keys:
+def _split_keys(arrays: Arrays, choice: Choice, plan: _Plan) -> _Keys:
     """One entry for each key/value head of each batch row."""
+    _, key, value = arrays
     batch, num_keys, kv_heads, _ = key.shape
 
     def split(array: jax.Array, fill: int = 0) -> jax.Array:  # [batch, keys, kv_heads or 1, x]
@@ -225,8 +257,8 @@ def _split_keys(
     return _Keys(
         key=split(key),
         value=split(value),
-        position=split(visibility.position[..., None], NOWHERE)[..., 0],
-        log_weight=split(key_log_weight[..., None])[..., 0],
+        position=split(choice.visibility.position[..., None], NOWHERE)[..., 0],
+        log_weight=split(choice.key_log_weight[..., None])[..., 0],
     )
 
 
@@ -268,6 +300,7 @@ def _attend_head(tiles: _Tiles, keys: _Keys, plan: _Plan) -> tuple[jax.Array, ja
 
         shape = tiles.query.shape
         empty = jnp.full(shape[:2], -jnp.inf, dtype), jnp.zeros(shape[:2], dtype), jnp.zeros(shape, dtype)
+        empty = vary_alike(empty, tiles)
         partial = Partial(*jax.lax.fori_loop(0, loop_bound(tiles.length.max()), extend, empty))
         return partial.output(), partial.log_sum_exp()
 
@@ -296,11 +329,11 @@ def _differentiate_head(
                 d_query + _product("ctm,cmd->ctd", d_logits, key),
             )
 
-        empty = jnp.zeros(tiles.query.shape, dtype)
+        empty = vary_alike(jnp.zeros(tiles.query.shape, dtype), tiles)
         *carry, d_query = jax.lax.fori_loop(0, loop_bound(tiles.length.max()), extend, (*carry, empty))
         return tuple(carry), d_query
 
-    empty = jnp.zeros(keys.key.shape, dtype)
+    empty = vary_alike(jnp.zeros(keys.key.shape, dtype), keys)
     chunks = _chunks((tiles, d_output, log_sum_exp, delta), plan)
     (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, (empty, empty), chunks)
     return d_query, d_key, d_value

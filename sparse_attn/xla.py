@@ -20,15 +20,100 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.schedule import Schedule, make_schedule
+from sparse_attn import derivatives, reference
+from sparse_attn.derivatives import Arrays, Results
 from sparse_attn.layout import Layout
-from sparse_attn.loops import heads_per_step, loop_bound, map_heads
+from sparse_attn.loops import at_least, heads_per_step, loop_bound, map_heads
 from sparse_attn.merge import merge_partials
+from sparse_attn.sharding import vary_alike
 
-# Found by measurement on two CPU cores (float32, head_dim 64).
-_TILE_SIZES = (64, 32, 16, 8)  # pairs; larger tiles waste slots, smaller ones starve the product
-_PAIRS_PER_STEP = 2048  # bounds the gathered queries of a step
-_LOGITS_PER_STEP = 65536  # bounds the logits of a step, so that they stay in the second-level cache
-_ROWS_PER_CHUNK = 4096
+Choice = tuple[jax.Array, Layout]
+"""Chosen blocks, int32 `[batch, heads, queries, top_k]`, and the geometry of the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What bounds the steps of the loops. Found by measurement on two CPU cores (float32, head_dim 64).
+
+    Attributes:
+      tile_sizes: pairs of a tile, the largest first that leaves few slots empty; the largest overall wastes slots,
+        smaller ones starve the product.
+      pairs_per_step: bounds the gathered queries of a step.
+      logits_per_step: bounds the logits of a step, so that they stay in the second-level cache.
+      rows_per_chunk: queries times heads of a group that are in work at a time, at least.
+      elements_per_step: bounds the heads side by side, see `heads_per_step`.
+    """
+
+    tile_sizes: tuple[int, ...] = (64, 32, 16, 8)
+    pairs_per_step: int = 2048
+    logits_per_step: int = 65536
+    rows_per_chunk: int = 4096
+    elements_per_step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PerQuery:
+    """The backend: attention of every query over its own list of blocks."""
+
+    scale: float
+    sizes: Sizes = Sizes()
+
+    def choice_axes(self, choice: Choice) -> tuple[str, str]:
+        del choice
+        return "bh", "b"
+
+    def forward(self, arrays: Arrays, choice: Choice) -> Results:
+        """Output, float32, and log-sum-exp."""
+        query, key, _ = arrays
+        plan = _make_plan(query, key, choice, self)
+        heads = _split_heads(arrays, choice, plan)
+        output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
+        kv_heads = key.shape[2]
+        output = _join_rows(output, query.shape, kv_heads)  # [batch, queries, heads, head_dim]
+        return output, _join_rows(log_sum_exp[..., None], query.shape, kv_heads)[..., 0]
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results) -> Arrays:
+        """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO.
+
+        delta = sum(dO O) - dL, where dL is the gradient of the log-sum-exp. FlashAttention-2 (arXiv 2307.08691),
+        section 2. O comes in float32: delta from a rounded O makes dQ and dK of 16-bit inputs two to three times as
+        wrong where logits are large.
+        """
+        query, key, _ = arrays
+        (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
+        d_output = d_output.astype(query.dtype)
+        delta = (d_output.astype(output.dtype) * output).sum(-1) - d_log_sum_exp  # [batch, queries, heads]
+        plan = _make_plan(query, key, choice, self)
+        kv_heads = key.shape[2]
+        rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
+        inputs = (_split_heads(arrays, choice, plan), rows[0], rows[1][..., 0], rows[2][..., 0])
+        differentiate_head = functools.partial(_differentiate_head, plan=plan)
+        d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
+
+        def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
+            batch, num_keys, _, head_dim = key.shape
+            gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, head_dim)
+            return gradient.swapaxes(1, 2).astype(key.dtype)
+
+        return _join_rows(d_query, query.shape, kv_heads), join_keys(d_key), join_keys(d_value)
+
+    def dense(self, arrays: Arrays, choice: Choice) -> Results:
+        return reference.attend(*arrays, *choice, scale=self.scale)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    indices: jax.Array,
+    layout: Layout,
+    *,
+    scale: float,
+    sizes: Sizes = Sizes(),
+) -> tuple[jax.Array, jax.Array]:
+    """Same as `reference.attend`."""
+    output, log_sum_exp = derivatives.attend(PerQuery(scale, sizes), (query, key, value), (indices, layout))
+    return output.astype(query.dtype), log_sum_exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,82 +154,36 @@ class _Tiles(NamedTuple):
     logits: jax.Array  # [i, t, m], -inf where masked
 
 
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, *, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Same as `reference.attend`."""
-    plan = _make_plan(query, key, indices, layout, scale)
-    return _attend(query, key, value, indices, layout, plan)
-
-
-def _make_plan(query: jax.Array, key: jax.Array, indices: jax.Array, layout: Layout, scale: float) -> _Plan:
-    batch, _, num_queries, top_k = indices.shape
+def _make_plan(query: jax.Array, key: jax.Array, choice: Choice, backend: PerQuery) -> _Plan:
+    indices, layout = choice
+    sizes, (batch, _, num_queries, top_k) = backend.sizes, indices.shape
     kv_heads, head_dim = key.shape[2:]
     group = query.shape[2] // kv_heads
     full_blocks = -(-layout.num_keys // layout.block_size)
     # At least two of the largest tiles a block and chunk on average, so that half-empty tiles stay few.
-    rows = max(_ROWS_PER_CHUNK, 2 * _TILE_SIZES[0] * full_blocks // top_k)
-    num_chunks = -(-num_queries * group // rows)
-    chunk_rows = -(-num_queries // num_chunks) * group
-    pairs_per_block = chunk_rows * top_k // full_blocks
-    tile_size = next((size for size in _TILE_SIZES if 2 * size <= pairs_per_block), _TILE_SIZES[-1])
-    heads = heads_per_step(batch * kv_heads, chunk_rows * top_k * head_dim)
-    tiles_per_step = min(_LOGITS_PER_STEP // (tile_size * layout.block_size), _PAIRS_PER_STEP // tile_size) // heads
+    rows = at_least(sizes.rows_per_chunk, 2 * sizes.tile_sizes[0] * full_blocks // top_k)
+    if isinstance(num_queries, int):
+        num_chunks = -(-num_queries * group // rows)
+        chunk_rows = -(-num_queries // num_chunks) * group
+    else:  # of symbolic size
+        chunk_rows = -(-rows // group) * group
+        num_chunks = -(-num_queries * group // chunk_rows)
+    tile_size = sizes.tile_sizes[0]
+    if isinstance(full_blocks, int):
+        pairs_per_block = chunk_rows * top_k // full_blocks
+        tile_size = next((size for size in sizes.tile_sizes if 2 * size <= pairs_per_block), sizes.tile_sizes[-1])
+    heads = heads_per_step(batch * kv_heads, chunk_rows * top_k * head_dim, sizes.elements_per_step)
+    tiles_per_step = sizes.logits_per_step // (tile_size * layout.block_size), sizes.pairs_per_step // tile_size
     return _Plan(
         block_size=layout.block_size,
         chunk_rows=chunk_rows,
         num_chunks=num_chunks,
         tile_size=tile_size,
-        tiles_per_step=max(tiles_per_step, 1),
+        tiles_per_step=max(min(tiles_per_step) // heads, 1),
         heads_per_step=heads,
         is_packed=layout.key_order is not None,
-        scale=scale,
+        scale=backend.scale,
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
-) -> tuple[jax.Array, jax.Array]:
-    heads = _split_heads(query, key, value, indices, layout, plan)
-    output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
-    kv_heads = key.shape[2]
-    output = _join_rows(output, query.shape[1], kv_heads)  # [batch, queries, heads, head_dim]
-    return output, _join_rows(log_sum_exp[..., None], query.shape[1], kv_heads)[..., 0]
-
-
-def _attend_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    output, log_sum_exp = _attend(query, key, value, indices, layout, plan)
-    return (output, log_sum_exp), (query, key, value, indices, layout, output, log_sum_exp)
-
-
-def _attend_backward(plan: _Plan, residuals: tuple, gradients: tuple[jax.Array, jax.Array]) -> tuple:
-    """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO.
-
-    delta = sum(dO O) - dL, where dL is the gradient of the log-sum-exp. FlashAttention-2 (arXiv 2307.08691), section 2.
-    """
-    query, key, value, indices, layout, output, log_sum_exp = residuals
-    d_output, d_log_sum_exp = gradients
-    accumulator = log_sum_exp.dtype
-    delta = (d_output.astype(accumulator) * output.astype(accumulator)).sum(-1) - d_log_sum_exp
-    kv_heads = key.shape[2]
-    heads = _split_heads(query, key, value, indices, layout, plan)
-    rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
-    inputs = (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
-    differentiate_head = functools.partial(_differentiate_head, plan=plan)
-    d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
-
-    def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
-        batch, num_keys, _, head_dim = key.shape
-        gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, head_dim)
-        return gradient.swapaxes(1, 2).astype(key.dtype)
-
-    return _join_rows(d_query, query.shape[1], kv_heads), join_keys(d_key), join_keys(d_value), None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _split_rows(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
@@ -156,19 +195,18 @@ def _split_rows(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
     return array.reshape(batch * kv_heads, plan.num_chunks, plan.chunk_rows, size)
 
 
-def _join_rows(array: jax.Array, num_queries: int, kv_heads: int) -> jax.Array:
-    """Undoes `_split_rows`."""
-    num_rows, size = array.shape[0], array.shape[-1]
-    array = array.reshape(num_rows // kv_heads, kv_heads, -1, size)
-    group = array.shape[2] // num_queries
-    array = array[:, :, : num_queries * group].reshape(-1, kv_heads, num_queries, group, size)
-    return array.swapaxes(1, 2).reshape(-1, num_queries, kv_heads * group, size)
+def _join_rows(array: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
+    """Undoes `_split_rows` for an array that was `[batch, queries, heads, x]` of that shape, x aside."""
+    batch, num_queries, num_heads, _ = shape
+    group, size = num_heads // kv_heads, array.shape[-1]
+    array = array.reshape(batch, kv_heads, -1, size)[:, :, : num_queries * group]
+    array = array.reshape(batch, kv_heads, num_queries, group, size)
+    return array.swapaxes(1, 2).reshape(batch, num_queries, num_heads, size)
 
 
-def _split_heads(
-    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, plan: _Plan
-) -> _Head:
+def _split_heads(arrays: Arrays, choice: Choice, plan: _Plan) -> _Head:
     """One entry for each key/value head of each batch row, along a new leading axis [batch * kv_heads]."""
+    (query, key, value), (indices, layout) = arrays, choice
     batch, num_keys, kv_heads, head_dim = key.shape
     num_heads = query.shape[2]
 
@@ -257,7 +295,7 @@ def _add_windows(array: jax.Array, start: jax.Array, new: jax.Array) -> jax.Arra
 
 
 def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """Output `[chunks, chunk_rows, head_dim]` in the query's dtype and log-sum-exp `[chunks, chunk_rows]`."""
+    """Output `[chunks, chunk_rows, head_dim]` and log-sum-exp `[chunks, chunk_rows]`, float32."""
     head_dim = head.query.shape[-1]
     accumulator = jnp.promote_types(head.query.dtype, jnp.float32)
 
@@ -283,11 +321,9 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
             )
 
         empty = jnp.zeros((num_pairs, head_dim), accumulator), jnp.full(num_pairs, -jnp.inf, accumulator)
+        empty = vary_alike(empty, rows)
         outputs, log_sum_exps = jax.lax.fori_loop(0, _num_steps(schedule, plan), attend_tiles, empty)
-        output, log_sum_exp = merge_partials(
-            outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1
-        )
-        return output.astype(query.dtype), log_sum_exp
+        return merge_partials(outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1)
 
     return jax.lax.map(attend_chunk, (head.query, head.indices, head.key_stop))
 
@@ -318,12 +354,12 @@ def _differentiate_head(
             d_value = _add_windows(d_value, tiles.start, _product("itm,itd->imd", probability.astype(dtype), d_out))
             return d_key, d_value, _set_pairs(d_queries, tiles.pair, _product("itm,imd->itd", d_logits, tiles.key))
 
-        d_queries = jnp.zeros((plan.chunk_rows * top_k, query.shape[-1]), accumulator)
+        d_queries = vary_alike(jnp.zeros((plan.chunk_rows * top_k, query.shape[-1]), accumulator), query)
         *carry, d_queries = jax.lax.fori_loop(0, _num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries))
         d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
         return tuple(carry), d_query.astype(query.dtype)
 
-    empty = jnp.zeros(head.key.shape, accumulator)
+    empty = vary_alike(jnp.zeros(head.key.shape, accumulator), head.key)
     chunks = (head.query, head.indices, head.key_stop, d_output, log_sum_exp, delta)
     (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, (empty, empty), chunks)
     return d_query, d_key, d_value
