@@ -52,14 +52,15 @@ def make_schedule(indices: jax.Array, *, num_blocks: int, tile_size: int, tiles_
     tile_end = jnp.cumsum(tiles)
     first_tile, first_pair = tile_end - tiles, jnp.cumsum(count) - count  # [blocks]
 
-    max_tiles = num_pairs // tile_size + min(num_blocks, num_pairs)
+    max_tiles = num_pairs // tile_size + jax.core.min_dim(num_blocks, num_pairs)
     max_tiles = -(-max_tiles // tiles_per_step) * tiles_per_step
     # Slot in the padded order of each pair in the sorted order; pairs without a block fall off the end.
     shift = (first_tile * tile_size - first_pair).at[sorted_block].get(mode="fill", fill_value=max_tiles * tile_size)
     slot = jnp.arange(num_pairs, dtype=jnp.int32) + shift
     pair = jnp.full(max_tiles * tile_size, num_pairs, jnp.int32)
     pair = pair.at[slot].set(sorted_pair, mode="drop", unique_indices=True)
-    tile_block = jnp.searchsorted(tile_end, jnp.arange(max_tiles, dtype=jnp.int32), side="right")
+    # How many blocks have ended by each tile; `searchsorted` takes no symbolic sizes.
+    tile_block = jnp.cumsum(jnp.zeros(max_tiles, jnp.int32).at[tile_end].add(1, mode="drop"))
     return Schedule(
         pair=pair.reshape(max_tiles, tile_size),
         block=jnp.minimum(tile_block, num_blocks - 1).astype(jnp.int32),
@@ -71,7 +72,8 @@ def _sort_pairs(block: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array
     """Stable sort by block: the sorted blocks and the pairs in that order, both int32 `[pairs]`."""
     num_pairs = block.size
     pair = jnp.arange(num_pairs, dtype=jnp.int32)
-    if (num_blocks + 1) * num_pairs > jnp.iinfo(jnp.int32).max:
+    most = (num_blocks + 1) * num_pairs
+    if not isinstance(most, int) or most > jnp.iinfo(jnp.int32).max:  # not an int: a symbolic size
         sorted_block, sorted_pair = jax.lax.sort((block, pair), num_keys=1, is_stable=True)
     else:  # one array of keys that need no comparator sorts four times as fast on a CPU
         sorted_block, sorted_pair = jnp.divmod(jnp.sort(block * num_pairs + pair, stable=False), num_pairs)

@@ -2,16 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.config import MOSAIC
 from sparse_attn import reference, routing, xla
-from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
+from sparse_attn.checks import Sequences, check_arrays, check_attention, check_positive, check_sequences
 from sparse_attn.layout import Layout, make_layout
+from sparse_attn.loops import at_most
 from sparse_attn.selection import BlockSelection
+from sparse_attn.sharding import over_explicit_axes
 
 Implementation = Literal["reference", "xla", "pallas", "mosaic"]
 
@@ -63,32 +66,21 @@ def moba_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
-    selection = route_moba(
-        query,
-        key,
-        block_size=block_size,
-        top_k=top_k,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        implementation=implementation,
+    check_positive("block_size", block_size)
+    check_positive("top_k", top_k)
+    query, key, value = map(jnp.asarray, (query, key, value))
+    scale = check_attention(query, key, value, scale)
+    sequences = check_sequences(
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
     )
-    output = block_sparse_attention(
-        query,
-        key,
-        value,
-        selection,
-        is_causal=is_causal,
-        scale=scale,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        implementation=implementation,
-    )
-    return cast(jax.Array, output)  # without return_residual
+    route, attend = _resolve(implementation)
+
+    def call(query: jax.Array, key: jax.Array, value: jax.Array, sequences: Sequences) -> jax.Array:
+        query, (key, value), layout = _prepare(query, (key, value), block_size, is_causal, *sequences)
+        indices = _choose(route, query, key, layout, top_k, is_causal)
+        return attend(query, key, value, indices, layout, scale=scale)[0]
+
+    return over_explicit_axes(call, (query, key, value, sequences), ("b.h", "b.k", "b.k", "b"), "b.h")
 
 
 def route_moba(
@@ -121,23 +113,22 @@ def route_moba(
     """
     check_positive("block_size", block_size)
     check_positive("top_k", top_k)
+    query, key = map(jnp.asarray, (query, key))
     check_arrays(query, {"key": key})
-    route, _ = _resolve(implementation)
-    query, key = jax.lax.stop_gradient((query, key))
-    query, (key,), layout = _prepare(
-        query,
-        (key,),
-        block_size,
-        is_causal,
-        query_seq_lengths,
-        key_value_seq_lengths,
-        query_segment_ids,
-        key_value_segment_ids,
+    sequences = check_sequences(
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
     )
-    num_chosen = min(top_k, layout.num_blocks)
-    indices = route(query, key, layout, top_k=num_chosen, is_causal=is_causal)
-    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, top_k - num_chosen)), constant_values=-1)
-    return BlockSelection(indices, block_size=block_size, num_blocks=layout.num_blocks)
+    route, _ = _resolve(implementation)
+
+    def call(query: jax.Array, key: jax.Array, sequences: Sequences) -> jax.Array:
+        query, (key,), layout = _prepare(query, (key,), block_size, is_causal, *sequences)
+        return _choose(route, query, key, layout, top_k, is_causal)
+
+    indices = over_explicit_axes(call, (query, key, sequences), ("b.h", "b.k", "b"), "bh")
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, top_k - indices.shape[-1])), constant_values=-1)
+    num_keys = key.shape[1]
+    num_blocks = num_keys if query_segment_ids is not None else -(-num_keys // block_size)
+    return BlockSelection(indices, block_size=block_size, num_blocks=num_blocks)
 
 
 def block_sparse_attention(
@@ -173,10 +164,11 @@ def block_sparse_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: the named implementation cannot do the call.
     """
+    query, key, value, indices = map(jnp.asarray, (query, key, value, selection.indices))
     scale = check_attention(query, key, value, scale)
     batch, num_queries, num_heads, _ = query.shape
-    check_positive("selection.block_size", selection.block_size)
-    indices = selection.indices
+    block_size = selection.block_size
+    check_positive("selection.block_size", block_size)
     is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
     if (
         indices.ndim != 4
@@ -188,19 +180,43 @@ def block_sparse_attention(
             f"selection.indices must be integers of shape (batch, heads, queries, top_k) = ({batch}, {num_heads}, "
             f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
         )
-    _, attend = _resolve(implementation)
-    query, (key, value), layout = _prepare(
-        query,
-        (key, value),
-        selection.block_size,
-        is_causal,
-        query_seq_lengths,
-        key_value_seq_lengths,
-        query_segment_ids,
-        key_value_segment_ids,
+    sequences = check_sequences(
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
     )
-    output, log_sum_exp = attend(query, key, value, indices, layout, scale=scale)
+    _, attend = _resolve(implementation)
+
+    def call(
+        query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, sequences: Sequences
+    ) -> tuple[jax.Array, jax.Array]:
+        query, (key, value), layout = _prepare(query, (key, value), block_size, is_causal, *sequences)
+        indices = _once_each(indices, _max_choices(layout))
+        return attend(query, key, value, indices, layout, scale=scale)
+
+    operands, axes = (query, key, value, indices, sequences), ("b.h", "b.k", "b.k", "bh", "b")
+    output, log_sum_exp = over_explicit_axes(call, operands, axes, ("b.h", "b.h"))
     return (output, log_sum_exp) if return_residual else output
+
+
+def _max_choices(layout: Layout) -> int:
+    """The most blocks that one query can attend: those of a row without segments."""
+    return -(-layout.num_keys // layout.block_size)
+
+
+def _choose(
+    route: Callable[..., jax.Array], query: jax.Array, key: jax.Array, layout: Layout, top_k: int, is_causal: bool
+) -> jax.Array:
+    """The router's choice without a gradient, int32 `[batch, heads, queries, top_k or fewer]`."""
+    query, key = jax.lax.stop_gradient((query, key))
+    indices = route(query, key, layout, top_k=at_most(top_k, _max_choices(layout)), is_causal=is_causal)
+    return checkpoint_name(indices, "block_selection")
+
+
+def _once_each(indices: jax.Array, most: int) -> jax.Array:
+    """Lists `[..., top_k]` in another order, no id twice and no longer than `most`; -1 for what goes."""
+    indices = -jnp.sort(-indices.astype(jnp.int32), axis=-1)
+    is_again = jnp.pad(indices[..., 1:] == indices[..., :-1], ((0, 0),) * (indices.ndim - 1) + ((1, 0),))
+    indices = jnp.where(is_again, -1, indices)
+    return indices if indices.shape[-1] <= most else -jnp.sort(-indices, axis=-1)[..., :most]
 
 
 def _resolve(
@@ -249,21 +265,13 @@ def _prepare(
     query_segment_ids: jax.Array | None,
     key_value_segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Layout]:
-    """Checks the sequence arguments, empties the padding (S7), lays out the batch and puts the keys in block order."""
-    batch, num_queries = query.shape[:2]
-    num_keys = key_values[0].shape[1]
-    check_integers("query_seq_lengths", query_seq_lengths, (batch,))
-    check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
-    check_integers("query_segment_ids", query_segment_ids, (batch, num_queries))
-    check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys))
-    if (query_segment_ids is None) != (key_value_segment_ids is None):
-        missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
-        raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
+    """Empties the padding (S7), lays out the batch and puts the keys in block order."""
+    num_queries, num_keys = query.shape[1], key_values[0].shape[1]
     layout = make_layout(
         num_queries,
         num_keys,
-        batch_size=batch,
-        block_size=block_size,
+        batch_size=query.shape[0],
+        block_size=at_most(block_size, num_keys),
         is_causal=is_causal,
         query_seq_lengths=query_seq_lengths,
         key_value_seq_lengths=key_value_seq_lengths,

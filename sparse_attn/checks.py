@@ -2,9 +2,14 @@
 
 import math
 import numbers
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)))
 
 
 def check_positive(name: str, number: int) -> None:
@@ -19,18 +24,60 @@ def check_not_negative(name: str, number: int) -> None:
         raise ValueError(f"{name} must be an int of at least 0, got {name}={number!r}")
 
 
-def check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
-    """An optional array of integers of the given shape."""
-    if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
+class Sequences(NamedTuple):
+    """The sequence arguments of a call, as far as they are given."""
+
+    query_seq_lengths: jax.Array | None  # [batch]
+    key_value_seq_lengths: jax.Array | None  # [batch]
+    query_segment_ids: jax.Array | None  # [batch, queries]
+    key_value_segment_ids: jax.Array | None  # [batch, keys]
+
+
+def check_integers(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
+    """An optional array of integers of the given shape; lists and NumPy arrays of numbers that fit are taken too."""
+    if array is None:
+        return None
+    if not isinstance(array, jax.Array):
+        array = np.asarray(array)
+        if array.dtype.kind in "iu" and array.size:
+            limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+            if array.min() < limits.min or array.max() > limits.max:
+                raise ValueError(
+                    f"{name} must lie between {limits.min} and {limits.max} unless jax_enable_x64 is set, got "
+                    f"{array.min()} to {array.max()}"
+                )
+    if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers of shape {shape}, got {array.dtype} of shape {array.shape}")
+    return jnp.asarray(array)
+
+
+def check_sequences(
+    query: jax.Array,
+    key: jax.Array,
+    query_seq_lengths: ArrayLike | None,
+    key_value_seq_lengths: ArrayLike | None,
+    query_segment_ids: ArrayLike | None,
+    key_value_segment_ids: ArrayLike | None,
+) -> Sequences:
+    """The sequence arguments of a call as arrays."""
+    if (query_segment_ids is None) != (key_value_segment_ids is None):
+        missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
+        raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
+    (batch, num_queries), num_keys = query.shape[:2], key.shape[1]
+    return Sequences(
+        check_integers("query_seq_lengths", query_seq_lengths, (batch,)),
+        check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,)),
+        check_integers("query_segment_ids", query_segment_ids, (batch, num_queries)),
+        check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys)),
+    )
 
 
 def check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
     """Ranks, dtypes and shapes that must agree between query and keys (or values)."""
     if query.ndim != 4:
         raise ValueError(f"query must be [batch, queries, heads, head_dim], got query.shape={query.shape}")
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(f"query must be floating point, got query.dtype={query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise ValueError(f"query must have a dtype of {', '.join(map(str, _DTYPES))}, got query.dtype={query.dtype}")
     if 0 in query.shape:
         raise ValueError(f"query must not be empty, got query.shape={query.shape}")
     batch, _, num_heads, head_dim = query.shape

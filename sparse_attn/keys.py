@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_attn.checks import check_integers
+from sparse_attn.sharding import over_explicit_axes
+
 
 def causal_key_convolution(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Adds to every key a gated mixture of itself and the keys just before it, channel by channel.
@@ -23,7 +26,13 @@ def causal_key_convolution(key: jax.Array, kernel: jax.Array, segment_ids: jax.A
     Raises:
       ValueError: an argument has a wrong shape or dtype.
     """
-    _check(key, kernel, segment_ids)
+    key, kernel = map(jnp.asarray, (key, kernel))
+    _check(key, kernel)
+    segment_ids = check_integers("segment_ids", segment_ids, key.shape[:2])
+    return over_explicit_axes(_convolve, (key, kernel, segment_ids), ("b.k", ".k", "b"), "b.k")
+
+
+def _convolve(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     dtype = jnp.promote_types(key.dtype, jnp.float32)
     kernel, num_tokens = kernel.astype(dtype), key.shape[1]
     exact_key = key.astype(dtype)
@@ -42,7 +51,7 @@ def _shift(array: jax.Array, lag: int) -> jax.Array:
     return jnp.pad(array[:, :-lag], ((0, 0), (lag, 0)) + ((0, 0),) * (array.ndim - 2))
 
 
-def _check(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> None:
+def _check(key: jax.Array, kernel: jax.Array) -> None:
     if key.ndim != 4 or not jnp.issubdtype(key.dtype, jnp.floating):
         raise ValueError(f"key must be a float [batch, sequence, kv_heads, head_dim], got {key.dtype}{key.shape}")
     if kernel.shape[1:] != key.shape[2:] or kernel.ndim != 3 or kernel.shape[0] < 1:
@@ -52,12 +61,6 @@ def _check(key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None) -> 
         )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"kernel must be floating point, got kernel.dtype={kernel.dtype}")
-    if segment_ids is not None and (
-        segment_ids.shape != key.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"segment_ids must be an integer array of shape {key.shape[:2]}, got {segment_ids.dtype}{segment_ids.shape}"
-        )
 
 
 def rotate(array: jax.Array, theta: float, positions: jax.Array | None = None) -> jax.Array:

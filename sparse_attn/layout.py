@@ -56,6 +56,8 @@ class Layout:
         Example: blocks of 2 keys over segments of 3 and 2 keys: `[0, 0, 1, 2, 2]`.
         """
         place = jnp.arange(self.num_keys, dtype=jnp.int32)
+        if self.key_order is None:
+            return jnp.broadcast_to(place // self.block_size, (self.block_start.shape[0], self.num_keys))
         find = jax.vmap(lambda start: jnp.searchsorted(start, place, side="right"))
         return find(self.block_start).astype(jnp.int32) - 1
 
@@ -92,16 +94,18 @@ def make_layout(
     key_lengths = _lengths(key_value_seq_lengths, batch_size, num_keys)
     if query_segment_ids is None:
         key_order = None
-        block_start = jnp.arange(0, num_keys, block_size, dtype=jnp.int32)[None, :]  # [1, blocks]
+        block_start = jnp.arange(-(-num_keys // block_size), dtype=jnp.int32)[None, :] * block_size  # [1, blocks]
         block_length = jnp.clip(key_lengths[:, None] - block_start, 0, block_size)  # [batch, blocks]
         block_start = jnp.broadcast_to(block_start, block_length.shape)
         rank = jnp.broadcast_to(jnp.arange(num_queries, dtype=jnp.int32), (batch_size, num_queries))
         segment_queries, segment_keys = query_lengths[:, None], key_lengths[:, None]  # [batch, 1]
         key_start = first_block = jnp.zeros_like(rank)  # [batch, queries]
     else:
+        assert key_value_segment_ids is not None
+        dtype = jnp.promote_types(query_segment_ids.dtype, key_value_segment_ids.dtype)
         lay_out = jax.vmap(lambda *row: _segment_row(*row, block_size=block_size))
         (key_order, block_start, block_length, rank, segment_queries, segment_keys, key_start, first_block) = lay_out(
-            query_segment_ids, key_value_segment_ids, query_lengths, key_lengths
+            query_segment_ids.astype(dtype), key_value_segment_ids.astype(dtype), query_lengths, key_lengths
         )
     visible = rank + 1 + segment_keys - segment_queries if is_causal else jnp.broadcast_to(segment_keys, rank.shape)
     is_real = jnp.arange(num_queries)[None, :] < query_lengths[:, None]  # [batch, queries]
@@ -130,15 +134,15 @@ def _sort_by_segment(segment_ids: jax.Array, length: jax.Array) -> tuple[jax.Arr
     """Stable order of tokens by segment, padding last.
 
     Args:
-      segment_ids: `[tokens]`.
+      segment_ids: `[tokens]`, of any integer dtype.
       length: scalar, real tokens.
 
     Returns:
-      The ids in that order, padding as the largest integer, and the original indices. Both int32 `[tokens]`.
+      The ids in that order, padding as the largest integer, and the original indices, int32. Both `[tokens]`.
     """
     index = jnp.arange(segment_ids.size, dtype=jnp.int32)
     is_padding = index >= length
-    ids = jnp.where(is_padding, jnp.iinfo(jnp.int32).max, segment_ids.astype(jnp.int32))
+    ids = jnp.where(is_padding, jnp.iinfo(segment_ids.dtype).max, segment_ids)
     _, ids, order = jax.lax.sort((is_padding, ids, index), num_keys=2, is_stable=True)
     return ids, order
 
@@ -170,8 +174,8 @@ def _segment_row(
     sorted_query_ids, query_order = _sort_by_segment(query_ids, query_length)
     rank_in_order = jnp.arange(num_queries, dtype=jnp.int32)
     rank = jnp.zeros(num_queries, jnp.int32).at[query_order].set(rank_in_order, unique_indices=True)
-    query_start, query_stop = _find_segment(sorted_query_ids, query_length, query_ids.astype(jnp.int32))
-    key_start, key_stop = _find_segment(sorted_ids, key_length, query_ids.astype(jnp.int32))
+    query_start, query_stop = _find_segment(sorted_query_ids, query_length, query_ids)
+    key_start, key_stop = _find_segment(sorted_ids, key_length, query_ids)
     first_block = block_of_key[jnp.minimum(key_start, num_keys - 1)]
     return (
         key_order,

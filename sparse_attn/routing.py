@@ -74,7 +74,8 @@ def _route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_c
     group = num_heads // kv_heads
     means = block_means(key, layout)
     step_blocks = at_most(max(sizes.blocks_per_step, top_k), layout.num_blocks)
-    means = jnp.pad(means, ((0, 0), (0, -layout.num_blocks % step_blocks), (0, 0), (0, 0)))
+    whole_steps = (layout.num_blocks + step_blocks - 1) // step_blocks * step_blocks
+    means = jnp.pad(means, ((0, 0), (0, whole_steps - layout.num_blocks), (0, 0), (0, 0)))
     means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
 
     # Rows are (query, head of the group), query-major, for one key/value head of one batch row.

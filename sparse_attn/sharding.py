@@ -123,13 +123,13 @@ def over_auto_axes(function: Callable[..., Any], operands: tuple, in_axes: Any, 
 def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: Any, out_axes: Any) -> Any:
     """function(*operands) inside `jax.shard_map` over the Explicit axes of the operands' mesh, if it has any.
 
-    Rows are split as those of the first operand, the query. Heads are split as the second's, the key's: query head h
-    belongs to key head h // (heads / kv_heads), so that both must be cut at the same places. Operands that are split
-    otherwise are brought there first.
+    Rows are split as those of the first operand. Heads are split as those of the first that has an axis "k", the key:
+    query head h belongs to key head h // (heads / kv_heads), so that both must be cut at the same places. Operands that
+    are split otherwise are brought there first.
 
     Args:
       function: of pytrees of arrays to a pytree of arrays, for any number of rows and heads.
-      operands: what it takes, query and key first.
+      operands: what it takes, first one with an axis "b".
       in_axes: the axes of the operands as words, a pytree that is a prefix of them.
       out_axes: the same for the results.
     """
@@ -140,11 +140,11 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
         return function(*operands)
 
     def axis_of(index: int, letter: str) -> Any:
-        place = words[index].find(letter)
-        return None if place < 0 else jax.typeof(leaves[index]).sharding.spec[place]
+        return jax.typeof(leaves[index]).sharding.spec[words[index].index(letter)]
 
-    split = {".": None, "b": axis_of(0, "b"), "k": axis_of(1, "k"), "h": axis_of(1, "k")}
-    if "k" in words[1] and leaves[1].shape[words[1].index("k")] == 1:  # every query head reads the only one
+    key = next(index for index, word in enumerate(words) if "k" in word)
+    split = {".": None, "b": axis_of(0, "b"), "k": axis_of(key, "k"), "h": axis_of(key, "k")}
+    if "h" in words[0] and leaves[key].shape[words[key].index("k")] == 1:  # every query head reads the only one
         split["h"] = axis_of(0, "h")
 
     def spec(word: str) -> PartitionSpec:

@@ -1,12 +1,31 @@
 """Causal sliding-window attention in plain JAX, in memory linear in the sequence."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
-# Shorter chunks make products too small to be fast, longer ones waste work on keys out of sight. Measured on a CPU.
-_MIN_CHUNK = 32
-# Queries of a chunk attended at once. Bounds the logits alive at 2 * 256 * sequence a head, whatever the window.
-_MAX_QUERIES = 256
+from sparse_attn.checks import check_attention, check_integers, check_positive, check_self_attention
+from sparse_attn.loops import at_most
+from sparse_attn.sharding import over_explicit_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How a row is cut.
+
+    Attributes:
+      min_chunk: queries of a chunk, at least. Shorter chunks make products too small to be fast, longer ones waste work
+        on keys out of sight. Measured on a CPU.
+      max_queries: queries of a chunk attended at once. Bounds the logits alive at 2 * max_queries * sequence a head,
+        whatever the window.
+    """
+
+    min_chunk: int = 32
+    max_queries: int = 256
+
+
 # The logit of a key out of sight. Finite, so that no gradient meets inf - inf; every query sees at least itself.
 _OUT_OF_SIGHT = -1e30
 
@@ -41,18 +60,35 @@ def sliding_window_attention(
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
     """
-    _check(query, key, value, window_size, segment_ids)
+    query, key, value = map(jnp.asarray, (query, key, value))
+    scale = check_attention(query, key, value, scale)
+    check_self_attention(query, key)
+    check_positive("window_size", window_size)
+    segment_ids = check_integers("segment_ids", segment_ids, query.shape[:2])
+    attend = functools.partial(attend_window, window_size=window_size, scale=scale)
+    return over_explicit_axes(attend, (query, key, value, segment_ids), ("b.h", "b.k", "b.k", "b"), "b.h")
+
+
+def attend_window(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    window_size: int,
+    scale: float,
+    sizes: Sizes = Sizes(),
+) -> jax.Array:
+    """`sliding_window_attention` of checked arguments, cut into chunks of the given sizes."""
     batch, num_tokens, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
-
-    lookback = min(window_size, num_tokens) - 1  # keys before a chunk that its first query sees
-    chunk = min(max(lookback, _MIN_CHUNK), num_tokens)
-    num_parts = -(-chunk // _MAX_QUERIES)  # of a chunk's queries, attended one after the other
+    lookback = at_most(window_size, num_tokens) - 1  # keys before a chunk that its first query sees
+    chunk = at_most(max(lookback, sizes.min_chunk), num_tokens)
+    num_parts = -(-chunk // sizes.max_queries)  # of a chunk's queries, attended one after the other
     part = -(-chunk // num_parts)
     chunk = part * num_parts
-    lookback = 0 if chunk >= num_tokens else lookback
-    num_chunks = -(-num_tokens // chunk)
+    lookback = 0 if isinstance(num_tokens, int) and chunk >= num_tokens else lookback
+    num_chunks = (num_tokens + chunk - 1) // chunk
 
     def cut(array: jax.Array, fill: int = 0) -> jax.Array:
         """`[batch, sequence, ...]` -> `[batch, chunks, chunk, ...]`, filled up at the end."""
@@ -100,31 +136,3 @@ def sliding_window_attention(
         output = jax.lax.map(jax.checkpoint(lambda arguments: attend(*arguments)), parts)
         output = jnp.moveaxis(output, 0, 2)
     return output.reshape(batch, num_chunks * chunk, num_heads, head_dim)[:, :num_tokens]
-
-
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, window_size: int, segment_ids: jax.Array | None) -> None:
-    if query.ndim != 4 or 0 in query.shape or not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(
-            f"query must be floating point [batch, sequence, heads, head_dim] and not empty, got "
-            f"{query.dtype}{query.shape}"
-        )
-    for name, array in {"key": key, "value": value}.items():
-        if array.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype {query.dtype}, got {name}.dtype={array.dtype}")
-        heads = array.shape[2] if array.ndim == 4 else 0
-        if heads == 0 or array.shape != (*query.shape[:2], heads, query.shape[3]) or query.shape[2] % heads:
-            raise ValueError(
-                f"{name} must be [{query.shape[0]}, {query.shape[1]}, kv_heads, {query.shape[3]}] with kv_heads a "
-                f"divisor of query's {query.shape[2]} heads, got {name}.shape={array.shape}"
-            )
-    if value.shape != key.shape:
-        raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
-    if isinstance(window_size, bool) or not isinstance(window_size, int) or window_size < 1:
-        raise ValueError(f"window_size must be an int of at least 1, got window_size={window_size!r}")
-    if segment_ids is not None and (
-        segment_ids.shape != query.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"segment_ids must be an integer array of shape {query.shape[:2]}, got "
-            f"{segment_ids.dtype}{segment_ids.shape}"
-        )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
+from sparse_attn.checks import check_positive
 from sparse_attn.keys import causal_key_convolution
 
 # Normal with variance 1 / (3 width), that of the uniform distribution over +-1 / sqrt(width): small beside a key, but
@@ -40,8 +41,7 @@ class KeyConv(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         rngs: nnx.Rngs,
     ):
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"width must be an int of at least 1, got width={width!r}")
+        check_positive("width", width)
         self.dtype = dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, num_heads, head_dim), param_dtype))
 
