@@ -10,6 +10,8 @@ Axes are named by a letter each: "b" for batch rows, "h" for query heads, "k" fo
 every device needs whole; axes left out at the end are such too. So query is "b.h" and key "b.k".
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -139,16 +141,16 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
     if AxisType.Explicit not in mesh.axis_types:
         return function(*operands)
 
-    def axis_of(index: int, letter: str) -> Any:
-        return jax.typeof(leaves[index]).sharding.spec[words[index].index(letter)]
-
-    key = next(index for index, word in enumerate(words) if "k" in word)
-    split = {".": None, "b": axis_of(0, "b"), "k": axis_of(key, "k"), "h": axis_of(key, "k")}
-    if "h" in words[0] and leaves[key].shape[words[key].index("k")] == 1:  # every query head reads the only one
-        split["h"] = axis_of(0, "h")
+    split: dict[str, Any] = {"b": None, "h": None, "k": None}
+    for letter, first in (("b", "b"), ("k", "k"), ("h", "k")):
+        index = next((index for index, word in enumerate(words) if first in word), None)
+        if index is not None:
+            split[letter] = _axis_of(leaves[index], words[index].index(first))
+            if letter == "h" and "h" in words[0] and leaves[index].shape[words[index].index("k")] == 1:
+                split["h"] = _axis_of(leaves[0], words[0].index("h"))  # every query head reads the only key head
 
     def spec(word: str) -> PartitionSpec:
-        return PartitionSpec(*(split[letter] for letter in word))
+        return PartitionSpec(*(split.get(letter) for letter in word))
 
     def reshard(array: jax.Array, word: str) -> jax.Array:
         whole = spec(word.ljust(array.ndim, "."))
@@ -161,6 +163,52 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
         out_specs=jax.tree.map(spec, out_axes),
     )
     return call(*map(reshard, leaves, words))
+
+
+def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, Any]], str] = "", **axes: Any) -> Any:
+    """Decorator: the function runs on arrays that Explicit mesh axes split, through `over_explicit_axes`.
+
+    Args:
+      out_axes: the axes of its results as words, a pytree that is a prefix of them.
+      whole: letters of axes that no device may have a part of, since rows or heads are not independent; or a function
+        from the arguments, by name, to such letters.
+      axes: of each argument that holds arrays, as words; query, key and value are known.
+    """
+    axes = {"query": "b.h", "key": "b.k", "value": "b.k"} | axes
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            mesh = jax.sharding.get_abstract_mesh()
+            if AxisType.Explicit not in mesh.axis_types:
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            names = [name for name in bound.arguments if name in axes]
+            operands = tuple(bound.arguments[name] for name in names)
+            letters = whole(bound.arguments) if callable(whole) else whole
+            letters += "hk" if "h" in letters else ""
+            cut = str.maketrans(letters, "." * len(letters))
+            in_axes, results = jax.tree.map(
+                lambda word: word.translate(cut), (tuple(axes[name] for name in names), out_axes)
+            )
+
+            def call_locally(*operands: Any) -> Any:
+                bound.arguments.update(zip(names, operands, strict=True))
+                return function(*bound.args, **bound.kwargs)
+
+            return over_explicit_axes(call_locally, operands, in_axes, results)
+
+        return call
+
+    return decorate
+
+
+def _axis_of(array: jax.Array, place: int) -> Any:
+    """The mesh axes along one axis of an array, by its type."""
+    spec = jax.typeof(array).sharding.spec
+    return spec[place] if place < len(spec) else None
 
 
 def _words(prefix: Any, tree: Any) -> list[str]:

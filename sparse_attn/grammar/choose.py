@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_attn.grammar.describe import split_blocks
+from sparse_attn.sharding import over_auto_axes
 
 _ELEMENTS_PER_STEP = 2**22  # bounds the scores of a step
 
@@ -93,11 +94,17 @@ def bands(
 
 def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
     """The k best of every row as a list: int32 `[..., k]` by falling score, ties to the lower index, -1 behind."""
-    scores = jnp.where(scores == 0, 0, scores)  # lax.top_k would put 0 above -0
-    best, indices = jax.lax.top_k(scores, min(k, scores.shape[-1]))
-    indices = jnp.where(best == -jnp.inf, -1, indices)
-    missing = k - indices.shape[-1]
-    return jnp.pad(indices, ((0, 0),) * (indices.ndim - 1) + ((0, missing),), constant_values=-1)
+
+    def choose(scores: jax.Array) -> jax.Array:
+        scores = jnp.where(scores == 0, 0, scores)  # lax.top_k would put 0 above -0
+        best, indices = jax.lax.top_k(scores, min(k, scores.shape[-1]))
+        indices = jnp.where(best == -jnp.inf, -1, indices)
+        missing = k - indices.shape[-1]
+        return jnp.pad(indices, ((0, 0),) * (indices.ndim - 1) + ((0, missing),), constant_values=-1)
+
+    # XLA cannot split lax.top_k over devices by itself; of the rows all are independent.
+    axes = "bk"[: scores.ndim - 1]
+    return over_auto_axes(choose, (scores,), (axes,), axes, group=1)
 
 
 def by_queries(

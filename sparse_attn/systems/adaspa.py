@@ -25,7 +25,7 @@ nearest, at least one, and text comes on top of them; the share is of the key bl
 rows; n is at most half of the heads, so that no head is of both kinds.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_not_negative, check_positive, check_self_attention
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -57,6 +58,10 @@ class Search(NamedTuple):
     log_sum_exp: jax.Array
 
 
+_SEARCH_AXES: Any = ("bh", "b.h")
+
+
+@splits_over_mesh("bh", whole="h", log_sum_exp="b.h")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -73,6 +78,7 @@ def select(
     ).levels
 
 
+@splits_over_mesh(Search(*_SEARCH_AXES), whole="h", log_sum_exp="b.h")
 def search(
     query: jax.Array,
     key: jax.Array,
@@ -131,6 +137,7 @@ def search(
     return Search(LevelMap(chosen.astype(jnp.int8), block_size, block_size), log_sum_exp)
 
 
+@splits_over_mesh(whole="h", state=Search(*_SEARCH_AXES))
 def attention(
     query: jax.Array,
     key: jax.Array,

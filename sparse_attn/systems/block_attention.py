@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
 from sparse_attn.keys import rotate
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks
@@ -58,6 +59,7 @@ def segment_visibility(query: jax.Array, key: jax.Array, segment_lengths: jax.Ar
     return Visibility(start, stop, jnp.where(position < end[:, :, -1], position, NOWHERE)[..., None])
 
 
+@splits_over_mesh("bh", segment_lengths="b")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -78,6 +80,7 @@ def select(
     return LevelMap(levels.astype(jnp.int8), query_block_size, key_block_size)
 
 
+@splits_over_mesh(segment_lengths="b")
 def attention(
     query: jax.Array,
     key: jax.Array,

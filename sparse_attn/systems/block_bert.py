@@ -19,6 +19,7 @@ import numpy as np
 from sparse_attn.checks import check_attention, check_self_attention
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import NOWHERE, Visibility
@@ -52,6 +53,7 @@ def shifts(heads_per_shift: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 DEFAULT_PERMUTATIONS = shifts((10, 2))
 
 
+@splits_over_mesh("bh", whole="h")
 def select(
     query: jax.Array, key: jax.Array, *, permutations: tuple[tuple[int, ...], ...] = DEFAULT_PERMUTATIONS
 ) -> LevelMap:
@@ -71,6 +73,7 @@ def select(
     return LevelMap(jnp.broadcast_to(levels[None], (batch, *levels.shape)), block_size, block_size)
 
 
+@splits_over_mesh(whole="h")
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_integers, check_positive, check_self_attention
 from sparse_attn.grammar import score
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import NOWHERE, Visibility, make_visibility
@@ -34,6 +35,7 @@ RECIPE = Recipe(
 )
 
 
+@splits_over_mesh("bh")
 def select(query: jax.Array, key: jax.Array, *, block_size: int = 160) -> LevelMap:
     """Instruction and own block for every block, all for the last; in all rows and heads. Args: as in `attention`."""
     check_self_attention(query, key)
@@ -56,6 +58,7 @@ def _visibility(query: jax.Array, key: jax.Array, is_valid: jax.Array) -> Visibi
     return Visibility(visibility.start, stop, jnp.where(is_valid[..., None], visibility.position, NOWHERE))
 
 
+@splits_over_mesh(is_valid="b")
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_positive, check_self_attention
 from sparse_attn.grammar import score
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -104,6 +105,7 @@ def calibrate(
     return jnp.where(has_threshold[None], midpoint, -jnp.inf)
 
 
+@splits_over_mesh("bh", thresholds="h")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -125,6 +127,7 @@ def select(
     return LevelMap((is_kept & (maxima > -jnp.inf)).astype(jnp.int8), query_block_size, key_block_size)
 
 
+@splits_over_mesh(thresholds="h")
 def attention(
     query: jax.Array,
     key: jax.Array,

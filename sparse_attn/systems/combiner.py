@@ -28,6 +28,7 @@ from sparse_attn.grammar import rest, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.merge import merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -44,6 +45,7 @@ RECIPE = Recipe(
 )
 
 
+@splits_over_mesh("bh")
 def select(query: jax.Array, key: jax.Array, *, block_size: int = 128, is_causal: bool = True) -> LevelMap:
     """Level 1 for the own region, 2 (summary) for the others, 0 for later ones if causal; alike in all rows and heads.
 
@@ -87,6 +89,7 @@ def summarize(
     return largest_key.repeat(num_heads // kv_heads, axis=2), mean.reshape(batch, -1, num_heads, head_dim)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

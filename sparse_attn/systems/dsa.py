@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_positive
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import BlockSelection
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tokens import attend_tokens
 
@@ -87,6 +88,7 @@ def select(indexer: Indexer, *, top_k: int = 2048, is_causal: bool = True) -> Bl
     return BlockSelection(indices[:, None], block_size=1, num_blocks=num_keys)
 
 
+@splits_over_mesh(indexer="b")
 def attention(
     query: jax.Array,
     key: jax.Array,

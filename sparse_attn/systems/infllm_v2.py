@@ -25,6 +25,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import BlockSelection
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 
 RECIPE = Recipe(
@@ -51,6 +52,7 @@ def pooled_keys(key: jax.Array, *, pool_size: int, pool_stride: int) -> jax.Arra
     return jnp.stack([sums[:, offset : offset + num_means] for offset in range(strides)]).sum(0) / pool_size
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -113,6 +115,7 @@ def select(
     return BlockSelection(indices, block_size=block_size, num_blocks=num_blocks)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

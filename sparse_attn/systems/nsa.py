@@ -27,6 +27,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, rest, score
 from sparse_attn.grammar.describe import block_mean
 from sparse_attn.selection import BlockSelection
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.window import sliding_window_attention
 
@@ -73,6 +74,7 @@ def group_scores(weights: jax.Array, position: jax.Array, *, block_size: int, kv
     return weights.reshape(batch, kv_heads, -1, num_queries, num_blocks).sum(2)
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array, key: jax.Array, *, block_size: int = 64, top_k: int = 16, scale: float | None = None
 ) -> BlockSelection:
@@ -106,6 +108,7 @@ def select(
     return BlockSelection(indices, block_size=block_size, num_blocks=num_blocks)
 
 
+@splits_over_mesh(gates="b.h")
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_integers, check_not_negative, check_self_attention
 from sparse_attn.merge import Partial, merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.tokens import attend_tokens
@@ -63,6 +64,7 @@ def draw_links(random_key: jax.Array, num_tokens: int, *, num_special: int = 12,
     return jnp.where((drawn < 0) | is_special, -1, drawn + num_special)
 
 
+@splits_over_mesh("bh", links="")
 def select(
     query: jax.Array, key: jax.Array, links: jax.Array | None = None, *, num_special: int = 12, window: int = 8
 ) -> LevelMap:
@@ -84,6 +86,7 @@ def select(
     return LevelMap(levels, query_block_size=1, key_block_size=1)
 
 
+@splits_over_mesh(links="")
 def attention(
     query: jax.Array,
     key: jax.Array,

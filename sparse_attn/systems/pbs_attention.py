@@ -25,6 +25,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -85,6 +86,7 @@ def score_blocks(
     return score.softmax(scores, segment[None, :] < segment[:, None])
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -121,6 +123,7 @@ def select(
     return LevelMap(chosen.astype(jnp.int8), block_size, block_size), order
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -23,6 +23,7 @@ from sparse_attn.grammar import choose, rest, score
 from sparse_attn.grammar.describe import block_lengths, block_mean, split_blocks
 from sparse_attn.merge import merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -66,6 +67,7 @@ def score_blocks(
     return score.softmax(scores + bias[:, :, None])
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -92,6 +94,7 @@ def select(
     return LevelMap(chosen.astype(jnp.int8), block_size, block_size)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -20,6 +20,7 @@ from sparse_attn.checks import check_arrays, check_attention, check_positive, ch
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility, visible_blocks
@@ -80,6 +81,7 @@ def band_probability(
     return score.softmax(score.dot(query, key) / (size**0.5 * tau), can_choose), tau
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -113,6 +115,7 @@ def select(
     return LevelMap((chosen | is_forced).astype(jnp.int8), block_size, block_size)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -20,6 +20,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -76,6 +77,7 @@ def count_blocks(query: jax.Array, key: jax.Array, *, mass: float, block_size: i
     return choose.top_p(pooled.swapaxes(1, 2), mass).sum(-1, dtype=jnp.int32)
 
 
+@splits_over_mesh("bh", whole="h")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -108,6 +110,7 @@ def select(
     return LevelMap(chosen.astype(jnp.int8), block_size, block_size)
 
 
+@splits_over_mesh(whole="h")
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -26,6 +26,7 @@ from sparse_attn.checks import check_attention, check_integers, check_not_negati
 from sparse_attn.grammar import choose, describe, rest, score
 from sparse_attn.merge import Partial, merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -59,6 +60,7 @@ def draw_offsets(
     return places, describe.draw_places(key_key, key, key_block_size, key_block_size // 4)
 
 
+@splits_over_mesh("bh", offsets=("bh", "bk"))
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -114,6 +116,7 @@ def select(
     return LevelMap(levels, query_block_size, key_block_size)
 
 
+@splits_over_mesh(offsets=("bh", "bk"))
 def attention(
     query: jax.Array,
     key: jax.Array,

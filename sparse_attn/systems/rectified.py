@@ -26,6 +26,7 @@ from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import block_lengths, block_mean, block_spread, fill_blocks
 from sparse_attn.merge import Partial, merge
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -63,6 +64,7 @@ def weigh(
     return jnp.concatenate([video, text.sum(-1, keepdims=True)], axis=-1), has_gain
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -113,6 +115,7 @@ def rectify(probability: jax.Array, levels: LevelMap, value: jax.Array) -> tuple
     return factor[..., None], compensation.reshape(*factor.shape, -1)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from sparse_attn.checks import check_attention, check_not_negative, check_positive, check_self_attention
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility, visible_blocks
@@ -79,6 +80,7 @@ def score_blocks(query: jax.Array, key: jax.Array, forced: LevelMap, *, scale: f
     return jnp.moveaxis(jax.lax.map(score_block, tuple(blocks)), 0, 2)
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -115,6 +117,7 @@ def select(
     return LevelMap((visible & (forced | is_above)).astype(jnp.int8), query_block_size, key_block_size)
 
 
+@splits_over_mesh()
 def attention(
     query: jax.Array,
     key: jax.Array,

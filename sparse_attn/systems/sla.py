@@ -26,6 +26,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import block_mean, split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
@@ -54,6 +55,7 @@ def score_blocks(query: jax.Array, key: jax.Array, *, query_block_size: int, key
     return score.dot(block_mean(query, query_block_size), block_mean(centred, key_block_size))
 
 
+@splits_over_mesh("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -108,6 +110,7 @@ def linear_attention(
     return jnp.where(mass > 0, joint[..., :-1] / jnp.where(mass > 0, mass, 1), 0).reshape(query.shape)
 
 
+@splits_over_mesh(projection="", bias="")
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -25,6 +25,7 @@ import jax
 from sparse_attn.checks import check_arrays, check_attention, check_positive
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import BlockSelection
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tokens import attend_tokens
 
@@ -44,6 +45,7 @@ def _check_one_token(query: jax.Array) -> None:
         raise ValueError(f"query must be one token, [batch, 1, heads, head_dim], got query.shape={query.shape}")
 
 
+@splits_over_mesh("bh")
 def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelection:
     """The top_k keys of largest q k for every query head, ties to the earlier key.
 
@@ -60,6 +62,7 @@ def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelect
     return BlockSelection(choose.top_k_indices(scores, top_k), block_size=1, num_blocks=key.shape[1])
 
 
+@splits_over_mesh(("b.h", "bh"), selection="bh")
 def attention(
     query: jax.Array,
     key: jax.Array,

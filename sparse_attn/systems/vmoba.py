@@ -17,7 +17,7 @@ the same keys, that changes nothing and is not done here.
 """
 
 import math
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from sparse_attn.checks import check_attention, check_positive, check_self_atten
 from sparse_attn.grammar import choose, order, score
 from sparse_attn.grammar.describe import block_mean
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 
 RECIPE = Recipe(
@@ -51,6 +52,13 @@ _PAIRS_OF_SCOPE = {
 }  # axes: b rows, h heads, t queries, j blocks
 
 
+def _whole(arguments: dict[str, Any]) -> str:
+    """Heads, and rows of a packed batch, stay together where they compete for one budget."""
+    scope = arguments.get("scope", "head")
+    return ("h" if scope in ("block", "all") else "") + ("b" if arguments.get("is_batch_packed") else "")
+
+
+@splits_over_mesh("bh", whole=_whole)
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -105,6 +113,7 @@ def select(
     return LevelMap(chosen.astype(jnp.int8), query_block_size=1, key_block_size=block_size)
 
 
+@splits_over_mesh(whole=_whole)
 def attention(
     query: jax.Array,
     key: jax.Array,

@@ -14,6 +14,8 @@ at the first block - all of them, up to 16K tokens - credits the diagonal alone 
 shortest prefix, and column 0 is chosen even without causality: `chunk_size` gives that choice, None the described one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,7 @@ from sparse_attn.checks import check_arrays, check_attention, check_positive, ch
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.selection import LevelMap
+from sparse_attn.sharding import splits_over_mesh
 from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility, visible_blocks
@@ -74,6 +77,12 @@ def score_blocks(
     return jnp.moveaxis(jax.lax.map(score_block, (query.swapaxes(0, 1), first)), 0, 2)
 
 
+def _whole(arguments: dict[str, Any]) -> str:
+    """Heads stay together where each has its own threshold."""
+    return "h" if isinstance(arguments.get("threshold"), tuple) else ""
+
+
+@splits_over_mesh("bh", whole=_whole)
 def select(
     query: jax.Array,
     key: jax.Array,
@@ -123,6 +132,7 @@ def _lagging_top_p(mass: jax.Array, share: jax.Array, first: jax.Array) -> jax.A
     return first | (choose.rank(jnp.where(first, -jnp.inf, mass)) < num_others)
 
 
+@splits_over_mesh(whole=_whole)
 def attention(
     query: jax.Array,
     key: jax.Array,
