@@ -59,6 +59,7 @@ def sort_keys(scores: jax.Array, num_keys: int, segment_size: int) -> jax.Array:
 
     `sort_scores` -> int32 `[batch, heads, num_keys]`.
     """
+    scores = scores if num_keys > segment_size else jnp.zeros_like(scores)  # a single segment stays as it is
     segments = scores.reshape(*scores.shape[:2], -1, segment_size)
     order = jnp.argsort(segments, axis=-1, descending=True, stable=True)
     order += segment_size * jnp.arange(segments.shape[2])[:, None]
