@@ -100,7 +100,7 @@ def select(
         lowest, highest = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
         mass = (rows - lowest) / jnp.where(highest > lowest, highest - lowest, 1)
         best_other = jax.nn.one_hot(jnp.where(own_rows, -1, mass).argmax(-1), rows.shape[-1], dtype=bool)
-        chosen = choose.top_p(mass, threshold, first=own_rows) | best_other | (threshold == 1)
+        chosen = choose.top_p(mass, threshold, first=own_rows) | best_other
     chosen = chosen.reshape(transposed.shape).transpose([axes.index(axis) for axis in range(4)])
     return LevelMap(chosen.astype(jnp.int8), query_block_size=1, key_block_size=block_size)
 
@@ -129,7 +129,7 @@ def attention(
       box_shape: `(frames,)`, `(height, width)` or `(frames, height, width)` of a box, see `order.boxes`.
       scope: which pairs compete for one budget: those of a "query" and head, of a "block" in all heads and queries, of
         a "head", or "all" of a row.
-      threshold: share of the scope's sum of normalised scores that the kept pairs reach, between 0 and 1; 1 keeps all.
+      threshold: share of the scope's sum of normalised scores that the kept pairs reach, between 0 and 1.
       top_k: instead of the threshold, keep as many pairs as `top_k` for every query of the scope; own blocks count.
       is_batch_packed: let the scopes "head" and "all" run over all rows of the batch, as published.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
