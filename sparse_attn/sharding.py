@@ -171,7 +171,7 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
     Args:
       out_axes: the axes of its results as words, a pytree that is a prefix of them.
       whole: letters of axes that no device may have a part of, since rows or heads are not independent; or a function
-        from the arguments, by name, to such letters.
+        from the arguments given by name to such letters.
       axes: of each argument that holds arrays, as words; query, key and value are known.
     """
     axes = {"query": "b.h", "key": "b.k", "value": "b.k"} | axes
@@ -187,7 +187,7 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
             bound = signature.bind(*args, **kwargs)
             names = [name for name in bound.arguments if name in axes]
             operands = tuple(bound.arguments[name] for name in names)
-            letters = whole(bound.arguments) if callable(whole) else whole
+            letters = whole(kwargs) if callable(whole) else whole
             letters += "hk" if "h" in letters else ""
             cut = str.maketrans(letters, "." * len(letters))
             in_axes, results = jax.tree.map(

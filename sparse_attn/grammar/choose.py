@@ -31,7 +31,7 @@ def top_k(scores: jax.Array, k: int | jax.Array) -> jax.Array:
 def top_p(probability: jax.Array, share: float | jax.Array, first: jax.Array | None = None) -> jax.Array:
     """The shortest prefix of every row, by falling probability, whose mass reaches `share` of the row's mass.
 
-    The entry that crosses the line is kept; entries without mass never are.
+    The entry that crosses the line is kept; entries without mass never are. A share of 1 keeps all others.
 
     Args:
       probability: `[..., query_blocks, key_blocks]`, not negative; rows need not add up to 1.
@@ -46,7 +46,7 @@ def top_p(probability: jax.Array, share: float | jax.Array, first: jax.Array | N
     order = jnp.argsort(jnp.where(forced, jnp.inf, probability), axis=-1, descending=True, stable=True)
     sorted_mass = jnp.take_along_axis(probability, order, axis=-1)
     before = jnp.cumsum(sorted_mass, axis=-1) - sorted_mass
-    is_short = before < share * probability.sum(-1, keepdims=True)
+    is_short = (before < share * probability.sum(-1, keepdims=True)) | (share >= 1)  # rounding may end a sum early
     kept = jnp.take_along_axis(is_short, jnp.argsort(order, axis=-1), axis=-1)
     return forced | (kept & (probability > 0))
 

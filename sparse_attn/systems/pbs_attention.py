@@ -16,7 +16,9 @@ what is missing. Theirs needs as many key/value heads as query heads. Here every
 under grouped heads makes a copy of keys and values for each of them.
 """
 
-from typing import Literal
+import functools
+import itertools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +44,13 @@ RECIPE = Recipe(
 )
 
 Pool = Literal["mean", "max"]
+Pools = Pool | tuple[Pool, Pool]
 
 
 def sort_scores(query: jax.Array, key: jax.Array, *, block_size: int, segment_size: int, scale: float) -> jax.Array:
     """Mean weight of the last block_size queries on every key of a whole segment, softmax over these keys.
 
-    float32 `[batch, heads, keys of whole segments]`. Args: those of `attention`.
+    float32 `[batch, heads, keys of whole segments]`. Args: those of `select`.
     """
     key = key[:, : key.shape[1] // segment_size * segment_size]
     return score.softmax(scale * score.dot(query[:, -block_size:], key)).mean(2)
@@ -58,6 +61,7 @@ def sort_keys(scores: jax.Array, num_keys: int, segment_size: int) -> jax.Array:
 
     `sort_scores` -> int32 `[batch, heads, num_keys]`.
     """
+    scores = scores if num_keys > segment_size else jnp.zeros_like(scores)  # a single segment stays as it is
     segments = scores.reshape(*scores.shape[:2], -1, segment_size)
     order = jnp.argsort(segments, axis=-1, descending=True, stable=True)
     order += segment_size * jnp.arange(segments.shape[2])[:, None]
@@ -72,42 +76,57 @@ def permute_keys(key: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def score_blocks(
-    query: jax.Array, permuted_key: jax.Array, *, block_size: int, segment_size: int, scale: float, pool: Pool
+    query: jax.Array, permuted_key: jax.Array, *, block_size: int, segment_size: int, scale: float, pool: Pools
 ) -> jax.Array:
     """Softmax of scaled dot products of pooled blocks over the blocks of earlier segments, 0 elsewhere.
 
-    float32 `[batch, heads, query_blocks, key_blocks]`. Args: those of `attention`; keys as `permute_keys` gives them.
+    float32 `[batch, heads, query_blocks, key_blocks]`. Args: those of `select`; keys as `permute_keys` gives them.
     """
-
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype, pools = jnp.promote_types(query.dtype, jnp.float32), (pool, pool) if isinstance(pool, str) else pool
     blocks = [split_blocks(array.astype(dtype), block_size) for array in (query, permuted_key)]
-    scores = scale * score.dot(*(array.mean(2) if pool == "mean" else array.max(2) for array in blocks))
+    described = (array.mean(2) if one == "mean" else array.max(2) for array, one in zip(blocks, pools, strict=True))
+    scores = scale * score.dot(*described)
     segment = jnp.arange(scores.shape[-1]) * block_size // segment_size
     return score.softmax(scores, segment[None, :] < segment[:, None])
 
 
-@splits_over_mesh("bh")
+# Heads stay together where each has its own threshold.
+_split = functools.partial(splits_over_mesh, whole=lambda options: "h" * isinstance(options.get("threshold"), tuple))
+
+
+@_split("bh")
 def select(
     query: jax.Array,
     key: jax.Array,
     *,
-    threshold: float = 0.9,
+    threshold: float | tuple[float, ...] = 0.9,
     block_size: int = 128,
     segment_size: int = 256,
-    pool: Pool = "mean",
+    pool: Pools = "mean",
+    keep_first: bool = True,
     scale: float | None = None,
 ) -> tuple[LevelMap, jax.Array]:
     """Which blocks of sorted keys each query block attends, and the order of keys, int32 `[batch, heads, keys]`.
 
-    Args: those of `attention`.
+    Args:
+      query, key, scale: those of `attention`.
+      threshold: share of the mass of earlier segments that is kept, or one for each head, between 0 and 1; one block at
+        least.
+      block_size: tokens in a block; the last may be shorter.
+      segment_size: tokens in a segment, a multiple of block_size.
+      pool: what a block is known by, the "mean" or the "max" of its tokens; or one for queries and one for keys.
+      keep_first: whether the block that holds the first token is forced.
     """
     check_self_attention(query, key)
     check_positive("block_size", block_size)
     check_positive("segment_size", segment_size)
     if segment_size % block_size:
         raise ValueError(f"segment_size must be a multiple of {block_size=}, got segment_size={segment_size}")
-    if pool not in ("mean", "max"):
-        raise ValueError(f"pool must be 'mean' or 'max', got pool={pool!r}")
+    if pool not in itertools.chain(get_args(Pool), itertools.product(get_args(Pool), repeat=2)):
+        raise ValueError(f"pool must be one or two of {get_args(Pool)}, got pool={pool!r}")
+    if isinstance(threshold, tuple) and len(threshold) != query.shape[2]:
+        raise ValueError(f"threshold must be a number or one for each of {query.shape[2]} heads, got {threshold=}")
+    share = jnp.maximum(jnp.asarray(threshold, jnp.float32), 1e-37).reshape(-1, 1, 1)  # takes the best one at least
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key = jax.lax.stop_gradient((query, key))
     scores = sort_scores(query, key, block_size=block_size, segment_size=segment_size, scale=scale)
@@ -118,22 +137,19 @@ def select(
     block = jnp.arange(probability.shape[-1])
     segment = block * block_size // segment_size
     is_first = ((order == 0).argmax(-1) // block_size)[:, :, None, None] == block  # holds the first token
-    chosen = choose.top_p(probability, threshold) | (is_first & (segment[None, :] <= segment[:, None]))
+    chosen = choose.top_p(probability, share) | (keep_first & is_first & (segment[None, :] <= segment[:, None]))
     chosen |= segment[None, :] == segment[:, None]
     return LevelMap(chosen.astype(jnp.int8), block_size, block_size), order
 
 
-@splits_over_mesh()
+@_split()
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     *,
-    threshold: float = 0.9,
-    block_size: int = 128,
-    segment_size: int = 256,
-    pool: Pool = "mean",
     scale: float | None = None,
+    **options: Any,
 ) -> jax.Array:
     """Causal softmax attention, softmax(scale q K^T) V, of every query block over its chosen blocks of sorted keys.
 
@@ -141,11 +157,8 @@ def attention(
       query: `[batch, tokens, heads, head_dim]`, floating point.
       key: `[batch, tokens, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
       value: shaped like key.
-      threshold: share of the mass of earlier segments that is kept, between 0 and 1.
-      block_size: tokens in a block; the last may be shorter.
-      segment_size: tokens in a segment, a multiple of block_size.
-      pool: what a block is known by, the "mean" or the "max" of its tokens.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
+      options: the others of `select`.
 
     Returns:
       Array of query's shape and dtype.
@@ -154,9 +167,7 @@ def attention(
       ValueError: an argument has a wrong shape, dtype or value.
     """
     scale = check_attention(query, key, value, scale)
-    levels, order = select(
-        query, key, threshold=threshold, block_size=block_size, segment_size=segment_size, pool=pool, scale=scale
-    )
+    levels, order = select(query, key, scale=scale, **options)
     visibility = make_visibility(query, key, is_causal=True)._replace(position=order.swapaxes(1, 2))
     key, value = permute_keys(key, order), permute_keys(value, order)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)

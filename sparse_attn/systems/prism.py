@@ -92,6 +92,8 @@ def select(
     low_threshold: float = 0.95,
     block_size: int = 128,
     temperatures: tuple[float, float] | None = None,
+    keep_first: bool = True,
+    keep_diagonal: bool = True,
 ) -> LevelMap:
     """Which key blocks each query block attends. Args: those of `attention`."""
     check_arrays(query, {"key": key})
@@ -111,7 +113,8 @@ def select(
     slow, _ = band_probability(query_mean, key_mean, visible, size=low_size, is_high=False, temperature=low)
     chosen = choose.top_p(fast, high_threshold) | choose.top_p(slow, low_threshold)
     row, column = jnp.arange(chosen.shape[-2])[:, None], jnp.arange(chosen.shape[-1])[None]
-    is_forced = (column == 0) | (column == row + chosen.shape[-1] - chosen.shape[-2])
+    diagonal = column == row + chosen.shape[-1] - chosen.shape[-2]
+    is_forced = (keep_first & (column == 0)) | (keep_diagonal & diagonal)
     return LevelMap((chosen | is_forced).astype(jnp.int8), block_size, block_size)
 
 
@@ -127,6 +130,8 @@ def attention(
     low_threshold: float = 0.95,
     block_size: int = 128,
     temperatures: tuple[float, float] | None = None,
+    keep_first: bool = True,
+    keep_diagonal: bool = True,
     scale: float | None = None,
 ) -> jax.Array:
     """Causal softmax attention, softmax(scale q K^T) V, of every query block over its chosen key blocks.
@@ -141,6 +146,8 @@ def attention(
       low_threshold: the same in the low band.
       block_size: tokens in a block of queries or keys; the last may be shorter.
       temperatures: of the high and the low band, instead of tau_z.
+      keep_first: whether the first block is forced.
+      keep_diagonal: whether the diagonal is; a query without any key in its chosen blocks gives zeros.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
 
     Returns:
@@ -159,6 +166,8 @@ def attention(
         low_threshold=low_threshold,
         block_size=block_size,
         temperatures=temperatures,
+        keep_first=keep_first,
+        keep_diagonal=keep_diagonal,
     )
     visibility = make_visibility(query, key, is_causal=True)
     return attend_tiles(query, key, value, levels, visibility, scale=scale).output().astype(query.dtype)

@@ -22,7 +22,13 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.checks import check_attention, check_integers, check_not_negative, check_self_attention
+from sparse_attn.checks import (
+    check_attention,
+    check_integers,
+    check_not_negative,
+    check_positive,
+    check_self_attention,
+)
 from sparse_attn.grammar import choose, describe, rest, score
 from sparse_attn.merge import Partial, merge
 from sparse_attn.selection import LevelMap
@@ -47,8 +53,6 @@ RECIPE = Recipe(
 Offsets = tuple[jax.Array, jax.Array]
 Rule = Literal["rank", "energy"]
 _LEVELS = (1, 2, 4, 8)
-_TILE_SIZE = 32  # keys or means that the authors' kernel reads at once
-_LEAST_EXACT_SHARE = 0.06  # by energy, level 1 has more than this share of a row's blocks
 
 
 def draw_offsets(
@@ -72,6 +76,8 @@ def select(
     bounds: tuple[float, float, float, float] = (0.1, 0.15, 0.15, 0.35),
     similarity_thresholds: tuple[float, float, float] | None = None,
     text_length: int = 0,
+    tile_size: int = 32,
+    least_exact_share: float = 0.06,
     as_published: bool = False,
     scale: float | None = None,
 ) -> LevelMap:
@@ -79,19 +85,22 @@ def select(
 
     Args:
       query, key, offsets, as_published, scale: those of `attention`.
-      query_block_size, key_block_size: at least 4; a multiple of 8, at least 32.
+      query_block_size, key_block_size: at least 4; a multiple of 8, at least tile_size.
       rule: whether bounds are shares of a row's blocks ("rank") or of its scores ("energy").
       bounds: where levels 1, 2, 4 and 8 end in the ranking, as shares.
       similarity_thresholds: least mean cosine of keys 1, 3 and 7 apart in a block of level 2, 4, 8. None: no cap.
       text_length: tokens at the end whose key blocks have level 1.
+      tile_size: keys or means that the authors' kernel reads at once; bands hold whole tiles.
+      least_exact_share: by "energy", level 1 has more than this share of a row's blocks.
     """
     scale = check_attention(query, key, key, scale)
     check_self_attention(query, key)
     check_not_negative("text_length", text_length)
     if query_block_size < 4:
         raise ValueError(f"query_block_size must be at least 4, got {query_block_size=}")
-    if key_block_size < _TILE_SIZE or key_block_size % 8:
-        raise ValueError(f"key_block_size must be a multiple of 8 and at least {_TILE_SIZE}, got {key_block_size=}")
+    check_positive("tile_size", tile_size)
+    if key_block_size < tile_size or key_block_size % 8:
+        raise ValueError(f"key_block_size must be a multiple of 8 and at least {tile_size=}, got {key_block_size=}")
     if rule not in get_args(Rule):
         raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule=}")
     if len(bounds) != 4 or list(bounds) != sorted(bounds) or bounds[0] < 0 or bounds[3] > 1:
@@ -102,8 +111,8 @@ def select(
     query, key = jax.lax.stop_gradient((query, key))
     query, keys = (describe.sample_blocks(*side) for side in zip((query, key), offsets, sizes, strict=True))
     scores = score.peaks(query, keys, query_block_size=sizes[0] // 4, key_block_size=sizes[1] // 4, scale=scale)
-    tiles = tuple(-(-level // (key_block_size // _TILE_SIZE)) for level in _LEVELS)  # blocks that fill one
-    least = 0 if rule == "rank" else int(_LEAST_EXACT_SHARE * scores.shape[-1]) + 1
+    tiles = tuple(-(-level // (key_block_size // tile_size)) for level in _LEVELS)  # blocks that fill one
+    least = 0 if rule == "rank" else int(least_exact_share * scores.shape[-1]) + 1
     band = choose.bands(scores, bounds, rule=rule, multiples=tiles, least_first=least)
     levels = jnp.array((*_LEVELS, 0), jnp.int8)[band]
     if text_length:
@@ -123,7 +132,9 @@ def attention(
     value: jax.Array,
     offsets: Offsets,
     *,
+    tile_size: int = 32,
     as_published: bool = False,
+    is_older_kernel: bool = False,
     scale: float | None = None,
     **options: Any,
 ) -> jax.Array:
@@ -135,25 +146,29 @@ def attention(
       query: `[batch, tokens, heads, head_dim]`, floating point.
       key, value: `[batch, tokens, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
       offsets: what `draw_offsets` gives.
+      tile_size: keys or means in a tile.
       as_published: with the authors' errors (module docstring).
+      is_older_kernel: with those of their older kernel, which fills no tiles.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
       options: the others of `select`.
     """
     scale = check_attention(query, key, value, scale)
-    levels = select(query, key, offsets, as_published=as_published, scale=scale, **options)
+    levels = select(query, key, offsets, tile_size=tile_size, as_published=as_published, scale=scale, **options)
     partials = [attend_tiles(query, key, value, levels, make_visibility(query, key, is_causal=False), scale=scale)]
     if as_published:
         key, value = (describe.fill_blocks(array, levels.key_block_size) for array in (key, value))
     for level in _LEVELS[1:]:
         partials.append(rest.means(query, key, value, levels, level=level, scale=scale))
-        if as_published and 2 * levels.key_block_size < level * _TILE_SIZE:
-            partials.append(_strays(query, key, value, levels, level, scale))
+        if as_published and not is_older_kernel and 2 * levels.key_block_size < level * tile_size:
+            partials.append(_strays(query, key, value, levels, level, tile_size, scale))
     return merge(*partials).output().astype(query.dtype)
 
 
-def _strays(query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap, level: int, scale: float) -> Partial:
+def _strays(
+    query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap, level: int, tile_size: int, scale: float
+) -> Partial:
     """What the authors read besides two blocks of a level that do not fill a tile: the row's means at its places."""
-    strays = slice(2 * levels.key_block_size, level * _TILE_SIZE)
+    strays = slice(2 * levels.key_block_size, level * tile_size)
     key, value = (describe.block_mean(array[:, strays], level) for array in (key, value))
     pairs = (levels.levels == level).sum(-1, keepdims=True) // 2  # [batch, heads, query_blocks, 1]
     is_used = jnp.broadcast_to(pairs > 0, (*pairs.shape[:3], key.shape[1]))

@@ -13,8 +13,8 @@ dropped, and o_l runs over the marginal blocks in between. No branch of the code
 325cc75) o_l runs over all blocks that are not critical, in main (at d973e55) over all keys, with 1e-5 added to
 phi(q) z. Main is the default; linear_keys="marginal" gives SLA-1, and with density=0.05 and negligible=0.1 the paper,
 whose rounding of shares is not stated: downwards, as the code rounds density. The paper ranks by the softmax of
-q k / sqrt(d) of plain means, the code by q k of centred ones, which is the same order. The code keeps int(density
-blocks), which may be none; here at least one.
+q k / sqrt(d) of plain means, the code by q k of centred ones, which is the same order. As in the
+code int(density blocks) are critical, which may be none: then o_s is zero (theirs divides by zero).
 """
 
 from typing import Literal, get_args
@@ -76,7 +76,7 @@ def select(
     scores = score_blocks(query, key, query_block_size=query_block_size, key_block_size=key_block_size)
     num_blocks, place = scores.shape[-1], choose.rank(scores)
     levels = jnp.where(place < num_blocks - int(negligible * num_blocks), 2, 0)
-    levels = jnp.where(place < max(1, int(density * num_blocks)), 1, levels)
+    levels = jnp.where(place < int(density * num_blocks), 1, levels)
     return LevelMap(levels.astype(jnp.int8), query_block_size, key_block_size)
 
 
@@ -134,7 +134,7 @@ def attention(
       value: shaped like key.
       projection: `[head_dim, head_dim]`, from o_l to the output, for all heads.
       bias: `[head_dim]`.
-      density: share of the key blocks that is critical, between 0 and 1.
+      density: share of the key blocks that is critical, between 0 and 1, rounded down; o_s is zero if that is none.
       negligible: share, from the end of the ranking, that the linear part leaves out; for linear_keys="marginal".
       linear_keys: keys of the linear part, "all" or those of the "marginal" blocks.
       feature_map: phi: "softmax" over features, "elu" (plus 1) or "relu".

@@ -21,8 +21,9 @@ every query head has its own list, as there.
 """
 
 import jax
+import jax.numpy as jnp
 
-from sparse_attn.checks import check_arrays, check_attention, check_positive
+from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import splits_over_mesh
@@ -45,12 +46,14 @@ def _check_one_token(query: jax.Array) -> None:
         raise ValueError(f"query must be one token, [batch, 1, heads, head_dim], got query.shape={query.shape}")
 
 
-@splits_over_mesh("bh")
-def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelection:
+@splits_over_mesh("bh", key_value_seq_lengths="b")
+def select(
+    query: jax.Array, key: jax.Array, *, top_k: int = 256, key_value_seq_lengths: jax.Array | None = None
+) -> BlockSelection:
     """The top_k keys of largest q k for every query head, ties to the earlier key.
 
     Args:
-      query, key, top_k: those of `attention`.
+      query, key, top_k, key_value_seq_lengths: those of `attention`.
 
     Returns:
       BlockSelection of single keys: indices int32 `[batch, heads, 1, top_k]` by falling logit, -1 behind the last key.
@@ -58,11 +61,15 @@ def select(query: jax.Array, key: jax.Array, *, top_k: int = 256) -> BlockSelect
     check_arrays(query, {"key": key})
     _check_one_token(query)
     check_positive("top_k", top_k)
+    lengths = check_integers("key_value_seq_lengths", key_value_seq_lengths, query.shape[:1])
     scores = jax.lax.stop_gradient(score.dot(query, key))  # [batch, heads, 1, keys]: tokens are blocks of one
+    if lengths is not None:
+        is_real = jnp.arange(key.shape[1])[None, :] < lengths[:, None]  # [batch, keys]
+        scores = jnp.where(is_real[:, None, None], scores, -jnp.inf)
     return BlockSelection(choose.top_k_indices(scores, top_k), block_size=1, num_blocks=key.shape[1])
 
 
-@splits_over_mesh(("b.h", "bh"), selection="bh")
+@splits_over_mesh(("b.h", "bh"), selection="bh", key_value_seq_lengths="b")
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -74,6 +81,7 @@ def attention(
     first_selecting_layer: int = 2,
     correction_layer: int = 9,
     scale: float | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, BlockSelection | None]:
     """One layer's attention of the decoded token, softmax(scale q K^T) V, over all keys or over the list.
 
@@ -88,6 +96,8 @@ def attention(
       first_selecting_layer: layers below it are dense.
       correction_layer: makes a new list.
       scale: factor of the logits, above 0. None: 1 / sqrt(head_dim).
+      key_value_seq_lengths: int `[batch]`, keys there are so far; what lies behind them in a cache is never read. With
+        it one compiled program serves all tokens.
 
     Returns:
       Array of query's shape and dtype, and the selection for the layer above: a new one from a selecting layer (whose
@@ -98,11 +108,16 @@ def attention(
     """
     scale = check_attention(query, key, value, scale)
     _check_one_token(query)
+    lengths = check_integers("key_value_seq_lengths", key_value_seq_lengths, query.shape[:1])
     if layer >= first_selecting_layer:
         if layer not in (first_selecting_layer, correction_layer):
             if selection is None:
                 raise ValueError(f"selection must be that of a selecting layer, got None at {layer=}")
             partial = attend_tokens(query, key, value, selection.indices, scale=scale)
             return partial.output().astype(query.dtype), selection
-        selection = select(query, key, top_k=top_k)
-    return jax.nn.dot_product_attention(query, key, value, scale=scale), selection
+        selection = select(query, key, top_k=top_k, key_value_seq_lengths=lengths)
+    if lengths is not None:  # a probability of zero would not keep NaN out
+        is_real = jnp.arange(key.shape[1])[None, :] < lengths[:, None]  # [batch, keys]
+        key, value = (jnp.where(is_real[..., None, None], array, 0) for array in (key, value))
+    output = jax.nn.dot_product_attention(query, key, value, scale=scale, key_value_seq_lengths=lengths)
+    return output, selection

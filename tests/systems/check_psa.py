@@ -16,13 +16,14 @@ def check(arrays):
     offsets = arrays["sample_idx_q"], arrays["sample_idx_k"]
     sizes = {"query_block_size": arrays["block_m"].item(), "key_block_size": arrays["block_n"].item()}
     ends = {int(level): end for level, _, end in arrays["mask_ratios_f64"].tolist()}
+    bounds = np.maximum.accumulate([ends.get(level, 0.0) for level in (1, 2, 4, 8)])
     thresholds = arrays["sim_thresholds_2_4_8"].tolist()
-    assert arrays["tile_n"] == psa._TILE_SIZE
-    assert arrays["min_full_attn_ratio_f64"] == psa._LEAST_EXACT_SHARE
     options = {
         **sizes,
         "rule": {"topk": "rank", "thresholdbound": "energy"}[arrays["mask_mode"].item()],
-        "bounds": tuple(ends[level] for level in (1, 2, 4, 8)),
+        "bounds": tuple(bounds.tolist()),
+        "tile_size": arrays["tile_n"].item(),
+        "least_exact_share": arrays["min_full_attn_ratio_f64"].item(),
         "similarity_thresholds": tuple(thresholds) if arrays["use_sim_mask"] else None,
     }
 
@@ -45,7 +46,8 @@ def check(arrays):
         cap = describe.poolable(filled, sizes["key_block_size"], thresholds)
         np.testing.assert_array_equal(cap.swapaxes(1, 2), arrays["sim_cap"])
 
-    output = jax.jit(functools.partial(psa.attention, **published))(query, key, value, offsets)
+    kernel = {"is_older_kernel": arrays["attn_impl"].item() == "old_mask_type"}
+    output = jax.jit(functools.partial(psa.attention, **published, **kernel))(query, key, value, offsets)
     assert_close(output.swapaxes(1, 2), arrays["output"])
     if key.shape[1] % sizes["key_block_size"] == 0:
         output = jax.jit(functools.partial(psa.attention, **options))(query, key, value, offsets)
