@@ -4,7 +4,7 @@ import importlib
 import logging
 import sys
 
-import tyro
+from experiments.stop import Stopped
 
 # Where each command lives: its function's signature is its options, its docstring its help. Imported when called.
 COMMANDS = {
@@ -16,6 +16,11 @@ COMMANDS = {
     "benchmark": ("experiments.studies.efficiency", "benchmark", "time and memory against dense attention"),
 }
 
+# The extra that brings an optional package, by the name it is imported by.
+EXTRAS = dict.fromkeys(["datasets", "tokenizers"], "huggingface") | dict.fromkeys(
+    ["chex", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm", "tyro"], "experiments"
+)
+
 
 def main(arguments: list[str]) -> int:
     """Runs one command.
@@ -24,7 +29,8 @@ def main(arguments: list[str]) -> int:
       arguments: the command's name and its options.
 
     Returns:
-      Exit status: 0; 1 for a bad value or checkpoint; 2 for a command line that does not parse; 130 for Ctrl-C.
+      Exit status: 0; 1 for a bad value or checkpoint, a loss that is not finite or a package that is missing; 2 for a
+      command line that does not parse; 130 for Ctrl-C; 143 for SIGTERM.
     """
     if not arguments or arguments[0] not in COMMANDS:
         usage = "\n".join(f"  {name:10} {summary}" for name, (_, _, summary) in COMMANDS.items())
@@ -33,12 +39,20 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("experiments").setLevel(logging.INFO)
     module, function, _ = COMMANDS[arguments[0]]
-    command = getattr(importlib.import_module(module), function)
     try:
+        import tyro  # here, where its absence is met
+
+        command = getattr(importlib.import_module(module), function)
         tyro.cli(command, prog=f"python -m experiments {arguments[0]}", args=arguments[1:], use_underscores=True)
     except KeyboardInterrupt as stop:
         print(f"{stop or 'Stopped.'}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
-        return 130
+        return stop.exit_status if isinstance(stop, Stopped) else 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"error: {package} is not installed: pip install 'sparse-attn-jax[{EXTRAS[package]}]'", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,17 +5,21 @@ import logging
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.typing import ArrayLike
 
 log = logging.getLogger(__name__)
 
 # Orbax writes into a directory of such a name and renames it when it is whole; `save` renames before it deletes.
 _UNFINISHED = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
+
+_ADVICE = "Delete this directory to go on from the checkpoint before it, or from the start if there is none."
 
 
 class CheckpointError(ValueError):
@@ -23,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: float, keep: int) -> None:
-    """Writes a checkpoint, all or nothing, then deletes all but the newest ones.
+    """Writes a checkpoint of finite numbers, all or nothing, then deletes all but the newest ones.
 
     Args:
       directory: where a run's checkpoints are; the checkpoint becomes directory/step.
@@ -32,8 +36,12 @@ def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: floa
       fingerprint: of the run's configuration and data.
       seconds: training time so far.
       keep: how many checkpoints stay.
+
+    Raises:
+      FloatingPointError: a number of the state is not finite; nothing was written or deleted.
     """
-    arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(state).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+    require_finite(directory, step, arrays)
     about = {"fingerprint": fingerprint, "step": step, "seconds": seconds, "checksums": _checksums(arrays)}
     with _checkpointer() as checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
@@ -42,6 +50,20 @@ def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: floa
         doomed = directory / f"{old}.deleted"
         (directory / str(old)).rename(doomed)
         shutil.rmtree(doomed)
+
+
+def require_finite(directory: Path, step: int, arrays: Mapping[str, ArrayLike]) -> None:
+    """Raises FloatingPointError if a number is NaN or infinite; it names the newest checkpoint, whose numbers are not.
+
+    Args:
+      directory: where a run's checkpoints are.
+      step: optimizer steps done.
+      arrays: numbers or arrays by their names.
+    """
+    if strange := _not_finite(arrays):
+        steps = _steps(directory)
+        good = f"the last good checkpoint is {directory / str(steps[-1])}" if steps else "there is no checkpoint yet"
+        raise FloatingPointError(f"{strange} at step {step}, which is not saved; {good}")
 
 
 def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any, float] | None:
@@ -59,7 +81,8 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
       The step, the state and the training time so far (seconds); None if there is no checkpoint.
 
     Raises:
-      CheckpointError: the newest checkpoint is damaged or of another run, or something else lies in the directory.
+      CheckpointError: the newest checkpoint is damaged, not finite or of another run, or something else lies in the
+        directory.
     """
     for entry in sorted(directory.iterdir()) if directory.exists() else ():
         if _UNFINISHED.fullmatch(entry.name):
@@ -70,7 +93,7 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
     if not (steps := _steps(directory)):
         return None
     path = directory.absolute() / str(steps[-1])
-    expected = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_leaves(template).items()}
+    expected = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(template).items()}
     try:
         with _checkpointer() as checkpointer:
             about = checkpointer.restore(path, ocp.args.Composite(about=ocp.args.JsonRestore())).about
@@ -88,13 +111,12 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
                 raise OSError(f"the checksum of {name} is wrong")
             if (arrays[name].shape, arrays[name].dtype) != (expected[name].shape, expected[name].dtype):
                 raise CheckpointError(f"{path} is of another model: {name} is {arrays[name].shape} there")
+        if strange := _not_finite(arrays):
+            raise CheckpointError(f"{path} cannot be gone on from: {strange}\n{_ADVICE}")
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds; every one means that the files are not whole
-        raise CheckpointError(
-            f"{path} is damaged: {error}\nDelete this directory to go on from the checkpoint before it, or from the "
-            "start if there is none."
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {error}\n{_ADVICE}") from error
     leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
     return steps[-1], jax.tree.unflatten(jax.tree.structure(template), leaves), about["seconds"]
 
@@ -108,9 +130,19 @@ def _steps(directory: Path) -> list[int]:
     return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by their paths, such as "params.layers.0.bias"."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _not_finite(arrays: Mapping[str, ArrayLike]) -> str | None:
+    """Which array is the first to hold a NaN or an infinity, in words."""
+    for name, array in arrays.items():
+        strange = np.asarray(array)[~np.isfinite(array)]
+        if strange.size:
+            return f"{name} is {strange[0]}" if np.ndim(array) == 0 else f"{name} holds {strange[0]}"
+    return None
 
 
 def _checksums(arrays: dict[str, Any]) -> dict[str, int]:

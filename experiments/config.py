@@ -157,6 +157,13 @@ class RunConfig:
 
     name: str = "run"
     """Name of the run, used in its directory and in reports."""
+    init_from: str | None = None
+    """Directory of a run whose newest checkpoint gives the first parameters, of the same names and shapes; optimizer,
+    step and learning rate begin anew (a path)."""
+    continue_from: str | None = None
+    """Directory of a run to go on from: parameters, optimizer and step are those of its newest checkpoint. name,
+    optimizer and train may differ, with more steps than it has done; the learning rate follows this run's own schedule
+    from that step on (a path)."""
     seed: int = 0
     """Seed of the parameters and of the training data; validation data are the same for every seed (an integer)."""
     model: TransformerConfig = TINY_MODEL
@@ -167,6 +174,13 @@ class RunConfig:
     """How parameters move."""
     train: TrainConfig = TrainConfig()
     """How long to train, and how often to look."""
+
+    def __post_init__(self) -> None:
+        if self.init_from is not None and self.continue_from is not None:
+            raise ValueError(
+                f"init_from and continue_from exclude each other, got init_from={self.init_from!r} and "
+                f"continue_from={self.continue_from!r}"
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -188,12 +202,14 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """Hash of all that decides the parameters: seed, model, data, optimizer and number of steps.
+    """Hash of all that decides the parameters: seed, model, data, optimizer, number of steps, and where they begin.
 
     Runs of equal fingerprint may continue each other's checkpoints; how often they log does not matter.
     """
     fields = to_dict(config)
     decisive = {k: fields[k] for k in ("seed", "model", "data", "optimizer")} | {"steps": config.train.steps}
+    # Left out where unset, so that runs from before these fields were there go on.
+    decisive |= {k: fields[k] for k in ("init_from", "continue_from") if fields[k] is not None}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -21,6 +21,7 @@ class Metrics:
 
     Raises:
       ValueError: metrics.jsonl is damaged before its last line.
+      ImportError: tensorboardX, of the extra "experiments", is missing and asked for.
     """
 
     def __init__(self, run_dir: Path, name: str, first_step: int, num_steps: int, tensorboard: bool):
@@ -29,8 +30,12 @@ class Metrics:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, path)
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # not needed without TensorBoard
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._file = path.open("a", buffering=1)  # a line at a time, for those who watch
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1) if tensorboard else None
         # On a terminal alone: a bar in a log file is noise, and the lines below say the same.
         self._bar = tqdm(total=num_steps, initial=first_step, desc=name, unit="step", disable=None, dynamic_ncols=True)
         self._name, self._first_step, self._num_steps, self._start = name, first_step, num_steps, time.monotonic()
@@ -88,6 +93,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
             raise ValueError(f"{path}:{number} must be a record with a step, got {line!r}") from error
         records.append(record)
     return records
+
+
+def check_local(path: Path, option: str) -> None:
+    """Raises ValueError, naming the option, if a path is an address such as gs://bucket/run.
+
+    Runs append to files, rename directories and map files into memory, which stores of objects do not offer. pathlib
+    would make a directory "gs:" of such an address, and turns // into /.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # two letters at least: C:/ is a disk
+        raise ValueError(f"{option} must be a path of this machine (a mounted store is one), got {option}={path}")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.findings import Finding, Study, find_all, load_studies
+from experiments.metrics import check_local
 from experiments.plots import draw_all
 
 _STYLE = """
@@ -39,8 +40,9 @@ def write_report(out: Path) -> Path:
       The HTML page.
 
     Raises:
-      ValueError: there is no study.
+      ValueError: there is no study, or out is no local directory.
     """
+    check_local(out, "out")
     studies = load_studies(out)
     if not studies:
         raise ValueError(f"out must hold studies (STUDY/study.json), got out={out}")

@@ -7,26 +7,24 @@ import json
 import logging
 import os
 import platform
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
 from flax import nnx
 
 from experiments import checkpoint
 from experiments.config import OptimizerConfig, RunConfig, fingerprint, from_dict, to_dict
-from experiments.data import make_data
+from experiments.data import Data, make_data
 from experiments.evaluate import evaluate
-from experiments.metrics import Metrics, write_json
+from experiments.metrics import Metrics, check_local, write_json
+from experiments.stop import Stopped, stop_on_signal
 from sparse_attn.nn import Transformer, TransformerConfig
 
 log = logging.getLogger(__name__)
@@ -43,11 +41,14 @@ class TrainState(NamedTuple):
 def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, Any]:
     """Trains a model, or goes on where a stopped run of the same configuration left off, or returns its result.
 
-    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/ as it goes, and result.json last.
+    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/ as it goes, and result.json last. A run that goes
+    on may differ from what it was in name and in how often it logs, evaluates and saves; for more steps or another
+    optimizer it takes another directory and config.continue_from. Checkpoints hold finite numbers alone: every save
+    looks at the whole state and the loss, the steps between do not wait for that.
 
     Args:
       config: the run.
-      run_dir: its directory, made if need be.
+      run_dir: its directory, made if need be; a local one.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
 
     Returns:
@@ -55,9 +56,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
 
     Raises:
       ValueError: the configuration cannot be met, or run_dir holds another run (CheckpointError: or a damaged one).
-      FloatingPointError: the loss is not finite.
-      KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written.
+      FloatingPointError: the loss is not finite where it is logged, evaluated or saved, or the state where it is saved.
+      Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint written. It is a KeyboardInterrupt.
     """
+    check_local(run_dir, "run_dir")
     _check_directory(config, run_dir, resume)
     result_path, checkpoints = run_dir / "result.json", run_dir / "checkpoints"
     if result_path.exists():
@@ -72,9 +74,9 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
     identity = _identity(config, data.description)
     graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps)
     restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state, config.seed), identity)
-    step, state, seconds_before = restored or (0, make_state(config.seed), 0.0)
     if restored:
-        log.info("going on from step %d of %s", step, checkpoints)
+        log.info("going on from step %d of %s", restored[0], checkpoints)
+    step, state, seconds_before = restored or _first_state(config, data, make_state)
     machine = about()
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **machine})
@@ -84,11 +86,12 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
     logged_step = step
 
     def save() -> None:
+        checkpoint.require_finite(checkpoints, step, {"loss": measured["loss"]})
         metrics.flush()
         seconds = seconds_before + time.monotonic() - start
         checkpoint.save(checkpoints, step, state, identity, seconds, config.train.checkpoints_to_keep)
 
-    with contextlib.closing(metrics), _stop_on_interrupt() as stopped:
+    with contextlib.closing(metrics), stop_on_signal() as stopped:
         while step < config.train.steps:
             batch = data.batch(step, "train")  # made while the device is still at the step before
             state, measured = train_step(state, batch)
@@ -98,24 +101,26 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
             is_last = step == config.train.steps
             if step % config.train.log_every == 0 or is_last:
                 values = {name: float(value) for name, value in measured.items()}
-                if not np.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} at step {step} of {config.name}")
+                checkpoint.require_finite(checkpoints, step, {"loss": values["loss"]})
                 now = time.monotonic()
                 tokens = (step - logged_step) * batch["tokens"].size
                 values["tokens_per_second"] = tokens / (now - logged_at)
                 logged_step, logged_at = step, now
             if config.train.evaluate_every and step % config.train.evaluate_every == 0 and not is_last:
                 evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+                checkpoint.require_finite(checkpoints, step, {"validation_loss": evaluation["loss"]})
                 values |= {f"validation_{k}": v for k, v in evaluation.items() if isinstance(v, float)}
                 logged_step, logged_at = step, time.monotonic()
             if values:
                 metrics.write(step, values)
-            if step % config.train.checkpoint_every == 0 or is_last or stopped():
+            stop = stopped()  # asked once: a signal that comes while saving is met after the next step
+            if step % config.train.checkpoint_every == 0 or is_last or stop is not None:
                 save()
-            if stopped() and not is_last:
-                raise KeyboardInterrupt(f"Stopped {config.name} after step {step}; a checkpoint is in {checkpoints}.")
+            if stop is not None and not is_last:
+                raise Stopped(f"Stopped {config.name} after step {step}; a checkpoint is in {checkpoints}.", stop)
 
     evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+    checkpoint.require_finite(checkpoints, step, {"validation_loss": evaluation["loss"]})
     result = {
         "config": to_dict(config),
         "evaluation": evaluation,
@@ -136,17 +141,9 @@ def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
     Raises:
       ValueError: run_dir holds no run with a checkpoint, or a damaged one.
     """
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise ValueError(f"run_dir must be the directory of a run, got run_dir={run_dir} without config.json")
-    saved = json.loads(path.read_text())
-    config = from_dict(saved["config"])
-    graph, make_state, _ = _compile(config.model, config.optimizer, config.train.steps)
-    identity = _identity(config, saved["data"])
-    restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state, config.seed), identity)
-    if restored is None:
-        raise ValueError(f"run_dir must be the directory of a run with a checkpoint, got run_dir={run_dir}")
-    return config, nnx.merge(graph, restored[1].params)
+    config, _, (_, state, _) = _read_run(run_dir, "run_dir")
+    graph, _, _ = _compile(config.model, config.optimizer, config.train.steps)
+    return config, nnx.merge(graph, state.params)
 
 
 def train_command(
@@ -219,6 +216,60 @@ def _compile(
     return graph, make_state, jax.jit(train_step, donate_argnums=0)
 
 
+def _read_run(run_dir: Path, option: str) -> tuple[RunConfig, dict[str, Any], tuple[int, TrainState, float]]:
+    """Configuration and data of the run that an option names, and step, state and seconds of its newest checkpoint."""
+    check_local(run_dir, option)
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{option} must be the directory of a run, got {option}={run_dir} without config.json")
+    saved = json.loads(path.read_text())
+    config = from_dict(saved["config"])
+    _, make_state, _ = _compile(config.model, config.optimizer, config.train.steps)
+    identity = _identity(config, saved["data"])
+    restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state, config.seed), identity)
+    if restored is None:
+        raise ValueError(f"{option} must be the directory of a run with a checkpoint, got {option}={run_dir}")
+    return config, saved["data"], restored
+
+
+def _first_state(
+    config: RunConfig, data: Data, make_state: Callable[[int], TrainState]
+) -> tuple[int, TrainState, float]:
+    """Steps done, state and seconds of training where a run begins: its seed's, or those of the run that it names."""
+    if config.continue_from is not None:
+        there, data_there, begin = _read_run(Path(config.continue_from), "continue_from")
+        different = _differences(there, config, "seed", "model", "data")
+        if not different and data_there != json.loads(json.dumps(data.description)):
+            different = f"its data are {data_there} there, {data.description} here"
+        if different:
+            raise ValueError(f"continue_from={config.continue_from} holds a run of another configuration ({different})")
+        if begin[0] >= config.train.steps:
+            raise ValueError(
+                f"train.steps must be above the {begin[0]} that continue_from={config.continue_from} has done, got "
+                f"train.steps={config.train.steps}"
+            )
+        log.info("going on from step %d of %s", begin[0], config.continue_from)
+        return begin
+    state = make_state(config.seed)
+    if config.init_from is None:
+        return 0, state, 0.0
+    _, _, (step, source, _) = _read_run(Path(config.init_from), "init_from")
+    here, there = _describe(state.params), _describe(source.params)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"init_from={config.init_from} must hold the parameters of this model: {name} is "
+                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+            )
+    log.info("beginning with the parameters of step %d of %s", step, config.init_from)
+    return 0, state._replace(params=source.params), 0.0
+
+
+def _describe(params: nnx.State) -> dict[str, str]:
+    """Dtype and shape of each parameter by its name."""
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in checkpoint.named_leaves(params).items()}
+
+
 def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:
     path = run_dir / "config.json"
     if not path.exists():
@@ -227,41 +278,30 @@ def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:
         raise ValueError(f"run_dir must hold no run when resume is off, got run_dir={run_dir}")
     there = from_dict(json.loads(path.read_text())["config"])
     if fingerprint(there) != fingerprint(config):
-        old, new = _flat(there), _flat(config)
-        different = "; ".join(f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k])
-        raise ValueError(f"run_dir={run_dir} holds a run of another configuration ({different}); use another run_dir")
+        different = _differences(
+            there, config, "seed", "init_from", "continue_from", "model", "data", "optimizer", "train.steps"
+        )
+        raise ValueError(
+            f"run_dir={run_dir} holds a run of another configuration ({different}); use another run_dir, with "
+            "continue_from to go on from that run with more steps or another optimizer"
+        )
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    """The values that decide the parameters, by their names on the command line."""
-    fields = to_dict(config)
-    parts = {f"{k}.{f}": v for k in ("model", "data", "optimizer") for f, v in fields[k].items()}
-    return {"seed": config.seed, "train.steps": config.train.steps, **parts}
+def _differences(there: RunConfig, here: RunConfig, *fields: str) -> str:
+    """Which values of these fields are not the same, by their names on the command line."""
+
+    def flat(config: RunConfig) -> dict[str, Any]:
+        parts = {k: v if isinstance(v, dict) else {"": v} for k, v in to_dict(config).items()}
+        values = {f"{k}.{f}".rstrip("."): v for k, part in parts.items() for f, v in part.items()}
+        return {k: v for k, v in values.items() if k in fields or k.partition(".")[0] in fields}
+
+    old, new = flat(there), flat(here)
+    return "; ".join(f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k])
 
 
 def _identity(config: RunConfig, data: dict[str, Any]) -> str:
     """Hash of the configuration and of the data, which for text depend on the machine."""
     return hashlib.sha256((fingerprint(config) + json.dumps(data, sort_keys=True)).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed. A second Ctrl-C stops at once."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def press(*_: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def about() -> dict[str, Any]:

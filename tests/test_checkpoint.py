@@ -43,6 +43,30 @@ def test_newest_state_comes_back_to_the_bit_and_old_ones_go(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["10", "7"]
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("place", ["kernel", "bias"])  # float32, bfloat16
+def test_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, place, value):
+    save(tmp_path, 3, keep=1)
+    state = make_state(7)
+    strange = jax.tree.map_with_path(
+        lambda path, x: x.at[-1].set(value) if place in jax.tree_util.keystr(path) and x.size > 1 else x, state
+    )
+    with pytest.raises(FloatingPointError, match=rf"params\..*{place} holds {value} at step 7.*good.*/3$"):
+        checkpoint.save(tmp_path, 7, strange, "this run", 1.0, 1)
+    with pytest.raises(FloatingPointError, match="no checkpoint yet"):
+        checkpoint.save(tmp_path / "new", 7, strange, "this run", 1.0, 1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["3"]
+    chex.assert_trees_all_equal(restore(tmp_path)[1], make_state(3))
+    # One that an older version wrote is refused, and the advice helps.
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "require_finite", lambda *_: None)
+        checkpoint.save(tmp_path, 7, strange, "this run", 1.0, 2)
+    with pytest.raises(CheckpointError, match=rf"7 .*{place} holds {value}\nDelete this directory"):
+        restore(tmp_path)
+    shutil.rmtree(tmp_path / "7")
+    assert restore(tmp_path)[0] == 3
+
+
 def test_unfinished_checkpoint_is_removed_and_the_log_says_so(tmp_path, caplog):
     save(tmp_path, 3, 7)
     shutil.copytree(tmp_path / "7", tmp_path / "11.orbax-checkpoint-tmp")

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import COMMANDS, main
+from experiments.__main__ import COMMANDS, EXTRAS, main
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
+from experiments.data.huggingface import _texts
+from experiments.data.recall import RecallData
 
 MICRO = {
     "model.num_layers": 1,
@@ -93,6 +97,81 @@ def test_bad_values_are_an_error_of_one_line(arguments, message, capsys, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["train", "--run_dir"], "run_dir"),
+        (["evaluate", "--run_dir"], "run_dir"),
+        (["study", "length", "--out"], "out"),
+        (["reproduce", "--out"], "out"),
+        (["report", "--out"], "out"),
+        (["benchmark", "--out"], "out"),
+    ],
+)
+def test_address_of_a_store_is_refused_at_the_start(arguments, option, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "gs://bucket/run"]) == 1
+    assert f"error: {option} must be a path of this machine" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("datasets", ["train", "--data.task=huggingface", "--run_dir=RUN"], "huggingface"),
+        ("tensorboardX", ["train", *MICRO_FLAGS, "--train.tensorboard", "--run_dir=RUN"], "experiments"),
+        ("tyro", ["report"], "experiments"),
+    ],
+)
+def test_missing_package_is_named_with_its_extra(package, arguments, extra, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "datasets":  # the tokenizer's training asks for it; the tokenizers themselves may be missing here
+        monkeypatch.setattr("experiments.data.huggingface._tokenizer", lambda config: next(_texts(config)))
+    assert main([each.replace("RUN", str(tmp_path / "run")) for each in arguments]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {package} is not installed: pip install 'sparse-attn-jax[{extra}]'" in error
+    assert "Traceback" not in error
+
+
+def test_tensorboard_switched_off_needs_no_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert main(["train", *MICRO_FLAGS, "--run_dir", str(tmp_path)]) == 0
+
+
+def test_missing_package_of_no_extra_is_a_fault_of_ours(monkeypatch):
+    monkeypatch.setitem(sys.modules, "experiments.report", None)
+    with pytest.raises(ModuleNotFoundError):
+        main(["report"])
+
+
+def test_every_package_of_the_extras_is_known():
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    expected = {}
+    for extra in ("experiments", "huggingface"):
+        for requirement in extras[extra]:
+            name = re.match(r"[\w-]+", requirement).group()
+            expected["orbax" if name == "orbax-checkpoint" else name] = extra
+    assert expected == EXTRAS
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_stops_with_a_checkpoint_and_its_own_exit_status(number, status, capsys, tmp_path, monkeypatch):
+    class Interrupted(RecallData):
+        def batch(self, step, split):
+            signal.raise_signal(number)
+            return super().batch(step, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.data.recall.RecallData", Interrupted)
+        assert main(["train", *MICRO_FLAGS, "--run_dir", str(tmp_path)]) == status
+    error = capsys.readouterr().err
+    assert "after step 1; a checkpoint is in" in error
+    assert "To resume: python -m experiments train" in error
+    assert main(["train", *MICRO_FLAGS, "--run_dir", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("flag", ["--model.block_size=few", "--data.task=chess", "--train.stepz=3"])

@@ -4,7 +4,10 @@ import dataclasses
 import doctest
 import itertools
 import json
+import sys
 import sysconfig
+import types
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments.config import DataConfig
-from experiments.data import make_data, text
+from experiments.data import huggingface, make_data, text
 from experiments.data.text import SEPARATOR, near_duplicates, python_source
 
 SMALL = DataConfig(
@@ -224,6 +227,49 @@ def test_an_epoch_visits_every_sequence_once(library):
     assert starts[0] != starts[1]
 
 
+@pytest.fixture
+def rows(monkeypatch):
+    """Rows of a data set, and in the place of the optional packages a tokenizer of bytes with the separator 256."""
+    rows = []
+
+    class Tokenizer:
+        def save(self, path):
+            Path(path).write_text("{}")
+
+        def token_to_id(self, token):
+            return 256
+
+        def get_vocab_size(self):
+            return 257
+
+        def encode_batch(self, documents, add_special_tokens):
+            return [types.SimpleNamespace(ids=list(document.encode())) for document in documents]
+
+    datasets = types.SimpleNamespace(load_dataset=lambda *_, **__: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setattr(huggingface, "_tokenizer", lambda config: Tokenizer())
+    return rows
+
+
+def test_rows_without_text_are_skipped_and_counted(rows, tmp_path, caplog):
+    texts = [f"document {i}" * 5 for i in range(100)]
+    rows += [{"text": text} for text in (None, "", *texts[:50], None, " \n", *texts[50:], None)]
+    config = dataclasses.replace(SMALL, task="huggingface")
+    data = make_data(config, 0, tmp_path)
+    assert sorted(documents_of(data, "train") + documents_of(data, "validation")) == sorted(t.encode() for t in texts)
+    assert data.description["skipped_rows"] == 5
+    assert "skipped 5 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "must be below half of the 1 tokens"), (3, "must name a column of text.* with 3")]
+)
+def test_data_set_without_any_text_is_an_error(rows, tmp_path, text, message):
+    rows += [{"text": text}] * 10
+    with pytest.raises(ValueError, match=message):
+        make_data(dataclasses.replace(SMALL, task="huggingface"), 0, tmp_path)
+
+
 def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
@@ -232,7 +278,8 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
     rng = np.random.default_rng(0)
     words = [*(f"word{i}" for i in range(50)), "naïve", "日本"]
     texts = [" ".join(rng.choice(words, 30)) for _ in range(200)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in texts))
+    rows = [None, *texts[:20], None, *texts[20:]]  # null is skipped
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in rows))
     config = dataclasses.replace(
         SMALL,
         task="huggingface",
@@ -252,6 +299,7 @@ def test_huggingface_reads_local_files_with_a_trained_tokenizer(tmp_path, monkey
         ratios.append(sum(len(each.encode()) for each in decoded) / (len(stream) - 1))
         found += decoded
     assert sorted(found) == sorted(texts)
+    assert data.description["skipped_rows"] == 2
     assert data.bytes_per_token == ratios[1]
     assert data.vocab_size == tokenizer.get_vocab_size() <= 320
     (tmp_path / "corpus.jsonl").unlink()  # a resumed run reads what is in its directory

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,12 +18,14 @@ import optax
 import pytest
 from flax import nnx
 
+from experiments import checkpoint
 from experiments import train as training
 from experiments.checkpoint import CheckpointError
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, to_dict
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
 from experiments.metrics import Metrics, read_metrics
+from experiments.stop import Stopped, stop_on_signal
 from experiments.train import load_run, train
 from sparse_attn.nn import TransformerConfig
 
@@ -148,6 +152,75 @@ def test_stopped_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
     chex.assert_trees_all_equal(nnx.state(model), nnx.state(again))
 
 
+def interrupt(monkeypatch, at_step, *numbers):
+    """Lets signals come while the batch of a step is made."""
+
+    def make(*arguments):
+        data = make_data(*arguments)
+        make_batch = data.batch
+
+        def batch(step, split):
+            if (step, split) == (at_step, "train"):
+                for number in numbers:
+                    signal.raise_signal(number)
+            return make_batch(step, split)
+
+        data.batch = batch
+        return data
+
+    monkeypatch.setattr(training, "make_data", make)
+
+
+def test_sigterm_stops_as_ctrl_c_does(uninterrupted, tmp_path, monkeypatch):
+    result, run_dir = uninterrupted
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 6, signal.SIGTERM)
+        with pytest.raises(Stopped, match="Stopped micro after step 7") as stop:
+            train(MICRO, tmp_path)
+    assert stop.value.exit_status == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert (tmp_path / "checkpoints" / "7").exists()
+    with monkeypatch.context() as patch:  # a second signal does not wait for the step
+        interrupt(patch, 9, signal.SIGTERM, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train(MICRO, tmp_path)
+    assert stop.type is KeyboardInterrupt
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["7", "8"]
+    with monkeypatch.context() as patch:  # what comes at the last step stops nothing
+        interrupt(patch, 39, signal.SIGTERM)
+        assert train(MICRO, tmp_path)["evaluation"] == result["evaluation"]
+    assert records(tmp_path) == records(run_dir)
+
+
+def test_second_sigterm_ends_the_process():
+    code = """
+import signal
+from experiments.stop import stop_on_signal
+with stop_on_signal() as stopped:
+    signal.raise_signal(signal.SIGTERM)
+    print(stopped(), flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("still here")
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, f"{int(signal.SIGTERM)}\n")
+
+
+def test_other_threads_leave_the_handlers_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with stop_on_signal() as stopped:
+            seen.extend([signal.getsignal(signal.SIGTERM), stopped()])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before, None]
+
+
 def test_run_directory_of_another_configuration_is_an_error(uninterrupted):
     _, run_dir = uninterrupted
     other = dataclasses.replace(MICRO, model=dataclasses.replace(MICRO.model, top_k=3))
@@ -174,8 +247,171 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
     graph, make_state, _ = training._compile(DENSE, MICRO.optimizer, MICRO.train.steps)
     compiled = graph, make_state, lambda state, _: (state, {"loss": np.float32("nan")})
     monkeypatch.setattr(training, "_compile", lambda *_: compiled)
-    with pytest.raises(FloatingPointError, match="nan at step 1"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1.*no checkpoint yet"):
         train(dataclasses.replace(MICRO, model=DENSE), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "signals", "good"),
+    [(40, 1, (), 3), (40, 3, (), 3), (5, 3, (), 3), (40, 3, (signal.SIGTERM,), 3), (40, 30, (signal.SIGINT,), None)],
+    ids=["every step", "some", "the last", "SIGTERM", "Ctrl-C without a checkpoint"],
+)
+@pytest.mark.parametrize("broken", ["params", "optimizer", "loss"])
+def test_what_is_not_finite_is_never_saved(tmp_path, monkeypatch, broken, steps, every, signals, good):
+    """From step 4 on a part of the state, or the loss, is NaN; no record of the loss falls there."""
+    graph, make_state, _ = training._compile(DENSE, MICRO.optimizer, MICRO.train.steps)
+
+    def step(state, _):
+        bad = int(state.step) >= 3
+        if bad and broken != "loss":
+            spoilt = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, getattr(state, broken))
+            state = state._replace(**{broken: spoilt})
+        loss = jnp.float32(jnp.nan if bad and broken == "loss" else 1)
+        return state._replace(step=state.step + 1), {"loss": loss}
+
+    monkeypatch.setattr(training, "_compile", lambda *_: (graph, make_state, step))
+    interrupt(monkeypatch, 4, *signals)
+    length = TrainConfig(steps=steps, log_every=100, checkpoint_every=every, checkpoints_to_keep=1, tensorboard=False)
+    config = dataclasses.replace(MICRO, model=DENSE, train=length)
+    for _ in range(2):  # the same failure again, from the good checkpoint
+        with pytest.raises(FloatingPointError, match=rf"{broken}.* nan at .*checkpoint.*{good or 'yet'}$"):
+            train(config, tmp_path)
+    kept = [entry.name for entry in (tmp_path / "checkpoints").iterdir()] if good else []
+    assert kept == ([str(good)] if good else [])
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_evaluation_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
+    config = dataclasses.replace(MICRO, model=DENSE, train=dataclasses.replace(MICRO.train, evaluate_every=0))
+    graph, make_state, _ = training._compile(DENSE, MICRO.optimizer, MICRO.train.steps)
+    step = lambda state, _: (state._replace(step=state.step + 1), {"loss": jnp.float32(1)})  # noqa: E731
+    monkeypatch.setattr(training, "_compile", lambda *_: (graph, make_state, step))
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": float("inf"), "accuracy": 0.0})
+    with pytest.raises(FloatingPointError, match="validation_loss is inf at step 40"):
+        train(config, tmp_path)
+    with pytest.raises(FloatingPointError, match="validation_loss is inf at step 10"):
+        train(dataclasses.replace(config, train=MICRO.train), tmp_path / "during")
+    assert not (tmp_path / "result.json").exists()
+
+
+SHORT = dataclasses.replace(
+    MICRO, model=DENSE, train=dataclasses.replace(MICRO.train, steps=6, evaluate_every=0, checkpoint_every=3)
+)
+LONGER = dataclasses.replace(
+    SHORT,
+    optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=2, beta2=0.95),
+    train=dataclasses.replace(SHORT.train, steps=10),
+)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Directory of a finished run of six steps."""
+    run_dir = tmp_path_factory.mktemp("short") / "run"
+    train(SHORT, run_dir)
+    return run_dir
+
+
+def walk(config, state, first):
+    """The state after the last step of a configuration, from another one on, step by step."""
+    _, _, train_step = training._compile(config.model, config.optimizer, config.train.steps)
+    data = make_data(config.data, config.seed)
+    for step in range(first, config.train.steps):
+        state, _ = train_step(state, data.batch(step, "train"))
+    return state
+
+
+def first_state(config):
+    return training._compile(config.model, config.optimizer, config.train.steps)[1](config.seed)
+
+
+def test_finished_run_goes_on_with_more_steps(short, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(short, source)
+    config = dataclasses.replace(LONGER, continue_from=str(source))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "run")
+    shutil.rmtree(source)  # a run that has a checkpoint of its own needs no other
+    assert train(config, tmp_path / "run")["steps"] == 10
+    expected = walk(LONGER, walk(SHORT, first_state(SHORT), 0), 6)
+    chex.assert_trees_all_equal(nnx.state(load_run(tmp_path / "run")[1]), expected.params)
+    written = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in written] == [7, 8, 9, 10]
+    # The schedule is that of ten steps, two of them warm-up, as if it had been so from the start.
+    rates = [5e-3 * (1 + np.cos(np.pi * (step - 2) / 8)) / 2 for step in (6, 7, 8, 9)]
+    np.testing.assert_allclose([record["learning_rate"] for record in written], rates, rtol=1e-5)
+
+
+def test_run_begins_with_the_parameters_of_another(short, tmp_path):
+    source = nnx.state(load_run(short)[1])
+    config = dataclasses.replace(LONGER, seed=5, init_from=str(short))
+    train(config, tmp_path)
+    expected = walk(config, first_state(config)._replace(params=source), 0)
+    chex.assert_trees_all_equal(nnx.state(load_run(tmp_path)[1]), expected.params)
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
+    with pytest.raises(ValueError, match=r"init_from is .* there, None here"):
+        train(dataclasses.replace(config, init_from=None), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 2}, "seed is 1 there, 2 here"),
+        ({"data": dataclasses.replace(SHORT.data, num_pairs=3)}, r"data\.num_pairs is 4 there, 3 here"),
+        ({"model": dataclasses.replace(DENSE, mlp_size=16)}, r"model\.mlp_size is 32 there, 16 here"),
+        ({"train": SHORT.train}, r"train\.steps must be above the 6 .*got train\.steps=6"),
+        ({"continue_from": "nowhere"}, r"continue_from must be the directory of a run, got continue_from=nowhere"),
+        ({"init_from": "nowhere"}, "init_from and continue_from exclude each other"),
+        ({"continue_from": None, "init_from": "nowhere"}, "init_from must be the directory of a run"),
+    ],
+)
+def test_run_that_cannot_go_on_from_another_is_an_error(short, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(LONGER, **({"continue_from": str(short)} | changes)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_those_of_the_other_run_are_an_error(short, tmp_path):
+    """As with the text of another machine. The checkpoint is that of such a run, by its hash."""
+    saved = json.loads((short / "config.json").read_text())
+    state = checkpoint.restore(
+        short / "checkpoints",
+        jax.eval_shape(lambda: first_state(SHORT)),
+        training._identity(SHORT, saved["data"]),
+    )[1]
+    other = saved["data"] | {"sha256": "of another text"}
+    checkpoint.save(tmp_path / "checkpoints", 6, state, training._identity(SHORT, other), 1.0, 1)
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"data": other}))
+    with pytest.raises(ValueError, match="of another text"):
+        train(dataclasses.replace(LONGER, continue_from=str(tmp_path)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_size": 16}, r"layers\.0\.mlp\.down\.kernel\.value is float32\[32, 16\] there, float32\[16, 16\] here"),
+        ({"num_layers": 2, "layer_pattern": ("dense", "dense")}, r"layers\.1\.\S+ is missing there, float32\["),
+    ],
+)
+def test_parameters_of_another_shape_are_named(short, tmp_path, changes, message):
+    config = dataclasses.replace(LONGER, model=dataclasses.replace(DENSE, **changes), init_from=str(short))
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+def test_run_directory_that_is_an_address_is_an_error(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run_dir must be a path of this machine"):
+        train(SHORT, Path(address))
+    for option in ("init_from", "continue_from"):
+        with pytest.raises(ValueError, match=f"{option} must be a path of this machine"):
+            train(dataclasses.replace(SHORT, **{option: address}), tmp_path / "run")
+    with pytest.raises(ValueError, match="run_dir must be a path of this machine"):
+        load_run(Path(address))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_step_is_adamw_on_the_mean_over_targets():

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from experiments.data import Split
 from experiments.data.text import PackedDocuments
 from experiments.metrics import write_json
 
+log = logging.getLogger(__name__)
+
 SEPARATOR = "<|document|>"  # special token before every document
 _DOCUMENTS_AT_A_TIME = 1000
 
@@ -22,6 +25,7 @@ def load(config: DataConfig, seed: int, run_dir: Path) -> PackedDocuments:
 
     A document's split is decided by a hash of its text, so copies of it stand on one side. Tokenizer and tokens are
     kept in run_dir/data and read from there by a resumed run; nothing else is cached but what `datasets` itself keeps.
+    Rows without text (null, empty, blank) are skipped; description["skipped_rows"] and the log say how many.
 
     Raises:
       ValueError: there is too little text, or run_dir has the tokens of another source.
@@ -46,7 +50,7 @@ def load(config: DataConfig, seed: int, run_dir: Path) -> PackedDocuments:
         config,
         seed,
         vocab_size=about["vocab_size"],
-        bytes_per_token=about["validation_bytes"] / (len(streams["validation"]) - 1),
+        bytes_per_token=about["validation_bytes"] / max(len(streams["validation"]) - 1, 1),
         description={"task": "huggingface", **about},
     )
 
@@ -66,10 +70,13 @@ def _tokenize(config: DataConfig, directory: Path) -> dict:
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     edge = np.full(1, separator, dtype)
     num_bytes: dict[Split, int] = {"train": 0, "validation": 0}
+    num_skipped = 0
     digest = hashlib.sha256()
     with (directory / "train.tokens").open("wb") as train, (directory / "validation.tokens").open("wb") as validation:
         files = {"train": train, "validation": validation}
-        for documents in _batches(_documents(config)):
+        for texts in _batches(_texts(config)):
+            documents = list(filter(str.strip, texts))
+            num_skipped += len(texts) - len(documents)
             encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
             for document, encoding in zip(documents, encodings, strict=True):
                 content = document.encode()
@@ -81,6 +88,8 @@ def _tokenize(config: DataConfig, directory: Path) -> dict:
                 digest.update(place)
         for file in files.values():
             edge.tofile(file)
+    if num_skipped:
+        log.warning("skipped %d rows of %s that have no text", num_skipped, config.dataset)
     return {
         "source": _source(config),
         "vocab_size": vocab_size,
@@ -88,6 +97,7 @@ def _tokenize(config: DataConfig, directory: Path) -> dict:
         "dtype": dtype.name,
         "train_bytes": num_bytes["train"],
         "validation_bytes": num_bytes["validation"],
+        "skipped_rows": num_skipped,
         "sha256": digest.hexdigest(),
         "tokenizer_sha256": hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest(),
     }
@@ -109,12 +119,12 @@ def _tokenizer(config: DataConfig):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_documents(config), trainer)
+    tokenizer.train_from_iterator(filter(str.strip, _texts(config)), trainer)
     return tokenizer
 
 
-def _documents(config: DataConfig) -> Iterator[str]:
-    """Texts, in the order of the data set, until max_bytes are reached."""
+def _texts(config: DataConfig) -> Iterator[str]:
+    """The text of every row, "" for null, in the order of the data set, until max_bytes are reached."""
     from datasets import load_dataset
 
     options = {"split": "train", "streaming": config.streaming}
@@ -126,15 +136,18 @@ def _documents(config: DataConfig) -> Iterator[str]:
     for row in rows:
         if config.text_field not in row:
             raise ValueError(f"text_field must be one of {sorted(row)}, got text_field={config.text_field!r}")
-        text = row[config.text_field]
+        text = "" if row[config.text_field] is None else row[config.text_field]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"text_field must name a column of text, got text_field={config.text_field!r} with {text!r}"
+            )
         total += len(text.encode())
         if total > config.max_bytes:
             return
-        if text.strip():
-            yield text
+        yield text
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, _DOCUMENTS_AT_A_TIME)):
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, _DOCUMENTS_AT_A_TIME)):
         yield batch

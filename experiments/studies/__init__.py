@@ -7,6 +7,8 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
+from experiments.metrics import check_local
+
 StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency", "comparison"]
 
 # The studies that train come before those that measure what was trained.
@@ -31,8 +33,10 @@ def study(name: tyro.conf.Positional[StudyName], preset: str = "tiny", out: Path
     """
     from experiments.configs import load_preset
 
+    out = out or Path("runs") / preset
+    check_local(out, "out")
     module = importlib.import_module(f"experiments.studies.{name}")
-    module.run(load_preset(preset), out or Path("runs") / preset)
+    module.run(load_preset(preset), out)
 
 
 def reproduce(preset: str = "tiny", out: Path | None = None) -> None:

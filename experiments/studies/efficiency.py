@@ -24,7 +24,7 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.metrics import write_json
+from experiments.metrics import check_local, write_json
 from experiments.studies.variants import write_study
 from experiments.train import about
 from sparse_attn import moba_attention
@@ -89,6 +89,8 @@ def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: 
       config: what is timed.
       out: JSON file to write the numbers to as well.
     """
+    if out is not None:
+        check_local(out, "out")
     numbers = {"settings": dataclasses.asdict(config), "about": about(), **measure(config)}
     print(table(numbers))
     if out is not None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from experiments.config import RunConfig
 from experiments.metrics import write_json
+from experiments.stop import Stopped, stop_on_signal
 from experiments.train import about, train
 from sparse_attn.nn import TransformerConfig
 
@@ -105,7 +107,11 @@ def _train_side_by_side(runs: Sequence[tuple[RunConfig, Path]], processes: int, 
     """Trains what is not done yet in several processes, each on its share of the cores.
 
     Small models gain little from a second core, so two of them side by side take half the time. Ctrl-C reaches every
-    process, and each saves its run. A run that fails is left for the caller to meet.
+    process by itself, SIGTERM is passed on, and each process saves its run. A run that fails is left for the caller to
+    meet.
+
+    Raises:
+      Stopped: Ctrl-C or SIGTERM, once every process has ended.
     """
     waiting = [run for run in runs if not _is_done(run)]
     context = multiprocessing.get_context("spawn")
@@ -115,10 +121,18 @@ def _train_side_by_side(runs: Sequence[tuple[RunConfig, Path]], processes: int, 
     ]
     for worker in workers:
         worker.start()
-    with tqdm(total=len(waiting), desc=group, unit="run") as bar:
+    with stop_on_signal() as stopped, tqdm(total=len(waiting), desc=group, unit="run") as bar:
         while any(worker.is_alive() for worker in workers):
             time.sleep(0.5)
             bar.update(sum(map(_is_done, waiting)) - bar.n)
+            if stopped() == signal.SIGTERM:
+                for worker in workers:
+                    worker.terminate()
+                break
+        for worker in workers:
+            worker.join()
+        if (number := stopped()) is not None:
+            raise Stopped(f"Stopped {group}; its runs go on from their checkpoints.", number)
 
 
 def _is_done(run: tuple[RunConfig, Path]) -> bool:
