@@ -47,10 +47,12 @@ def moba_attention(
       value: shaped like key, of query's dtype.
       block_size: keys in a block, at least 1. The last block of a segment may be shorter.
       top_k: blocks that a query attends, at least 1, the own block included. More than there are means all.
-      is_causal: whether a query sees only keys up to its own position. Positions align at the end of each segment.
+      is_causal: whether a query sees only keys up to its own position. Positions align at the end of each segment, where
+        `jax.nn.dot_product_attention` aligns them at the start: with fewer queries than keys the last query stands at
+        the last key.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
       query_seq_lengths: int `[batch]`, real queries of each row, clipped to 0..queries; later ones are padding and give
-        zeros.
+        zeros. None: all are real; but causal, with as many queries as keys, those of key_value_seq_lengths.
       key_value_seq_lengths: int `[batch]`, real keys of each row.
       query_segment_ids: int `[batch, queries]`, for packed sequences: tokens of equal id form one segment, blocks
         restart at each, and none sees another. Given together with key_value_segment_ids.
@@ -71,7 +73,7 @@ def moba_attention(
     query, key, value = map(jnp.asarray, (query, key, value))
     scale = check_attention(query, key, value, scale)
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
     )
     route, attend = _resolve(implementation)
 
@@ -116,7 +118,7 @@ def route_moba(
     query, key = map(jnp.asarray, (query, key))
     check_arrays(query, {"key": key})
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
     )
     route, _ = _resolve(implementation)
 
@@ -181,7 +183,7 @@ def block_sparse_attention(
             f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
         )
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids
+        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
     )
     _, attend = _resolve(implementation)
 

@@ -58,12 +58,15 @@ def check_sequences(
     key_value_seq_lengths: ArrayLike | None,
     query_segment_ids: ArrayLike | None,
     key_value_segment_ids: ArrayLike | None,
+    is_causal: bool,
 ) -> Sequences:
-    """The sequence arguments of a call as arrays."""
+    """The sequence arguments of a call as arrays; S5 says when key lengths alone are those of the queries too."""
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
         raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
     (batch, num_queries), num_keys = query.shape[:2], key.shape[1]
+    if query_seq_lengths is None and is_causal and num_queries == num_keys:
+        query_seq_lengths = key_value_seq_lengths
     return Sequences(
         check_integers("query_seq_lengths", query_seq_lengths, (batch,)),
         check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,)),

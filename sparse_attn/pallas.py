@@ -1,11 +1,10 @@
 """Block-sparse attention by Pallas kernels: brings the library's arrays to them. The only module that imports Pallas.
 
 The kernels of `pallas_kernels/tpu` and `pallas_kernels/gpu` take plain arrays; what a `Layout` means is settled here.
-The platform decides which of them run, or the configuration where one is given. The gradient is that of
-`sparse_attn.xla`: the probabilities are computed again from the log-sum-exp.
+The platform decides which of them run, or the configuration where one is given.
 """
 
-import functools
+import dataclasses
 import importlib
 import types
 import warnings
@@ -15,11 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.config import KeyMajorConfig, MosaicConfig, TritonConfig
+from sparse_attn import derivatives, tiles, xla
+from sparse_attn.derivatives import Arrays, Results
 from sparse_attn.layout import Layout
+from sparse_attn.sharding import over_auto_axes, vary_alike
 from sparse_attn.visibility import Visibility
 
 if TYPE_CHECKING:
     from pallas_kernels.tpu.routing import RoutingConfig
+
+Config = KeyMajorConfig | TritonConfig | MosaicConfig
 
 
 def _kernels(name: str, config: Any) -> types.ModuleType:
@@ -56,19 +60,25 @@ def route(
     Raises:
       NotImplementedError: a dtype, head_dim or top_k that the kernels cannot do.
     """
-    return _kernels("routing", config).route(
-        query,
-        key,
-        block_start=layout.block_start,
-        block_length=layout.block_length,
-        first_block=layout.first_block,
-        last_block=layout.last_block,
-        block_size=layout.block_size,
-        top_k=top_k,
-        is_causal=is_causal,
-        **_sizes(config),
-        interpret=interpret,
-    )
+    route = _kernels("routing", config).route
+
+    def call(query: jax.Array, key: jax.Array, layout: Layout) -> jax.Array:
+        return route(
+            query,
+            key,
+            block_start=layout.block_start,
+            block_length=layout.block_length,
+            first_block=layout.first_block,
+            last_block=layout.last_block,
+            block_size=layout.block_size,
+            top_k=top_k,
+            is_causal=is_causal,
+            **_sizes(config),
+            interpret=interpret,
+        )
+
+    operands, group = vary_alike((query, key, layout)), query.shape[2] // key.shape[2]
+    return over_auto_axes(call, operands, ("b.h", "b.k", "b"), "bh", group=group)
 
 
 def attend(
@@ -79,7 +89,7 @@ def attend(
     layout: Layout,
     *,
     scale: float,
-    config: KeyMajorConfig | TritonConfig | MosaicConfig | None = None,
+    config: Config | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Same as `reference.attend`, by kernels.
@@ -93,104 +103,10 @@ def attend(
     Raises:
       NotImplementedError: a dtype, head_dim, block_size or top_k that the kernels cannot do.
     """
-    indices = _reachable(indices, layout)
-    return _attend(query, key, value, indices, layout, scale, config, interpret)
+    backend = PerQueryKernels(scale, config=config, interpret=interpret)
+    return derivatives.attend(backend, (query, key, value), (indices, layout))
 
 
-def attend_gradients(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    indices: jax.Array,
-    layout: Layout,
-    output: jax.Array,
-    log_sum_exp: jax.Array,
-    d_output: jax.Array,
-    d_log_sum_exp: jax.Array,
-    *,
-    scale: float,
-    config: KeyMajorConfig | TritonConfig | MosaicConfig | None = None,
-    interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of `attend` for query, key and value, from its results and theirs."""
-    return _kernels("backward", config).attend_backward(
-        query,
-        key,
-        value,
-        _reachable(indices, layout),
-        output,
-        log_sum_exp,
-        d_output,
-        d_log_sum_exp,
-        **_places(layout),
-        scale=scale,
-        **_sizes(config),
-        interpret=interpret,
-    )
-
-
-def _reachable(indices: jax.Array, layout: Layout) -> jax.Array:
-    """The choice without blocks that hold nothing for the query: `[batch, heads, queries, top_k]`, -1 for those."""
-    first, last = layout.first_block[:, None, :, None], layout.last_block[:, None, :, None]  # [batch, 1, queries, 1]
-    return jnp.where((first <= indices) & (indices <= last), indices, -1)
-
-
-def _places(layout: Layout) -> dict[str, Any]:
-    """What the kernels need to know of a layout."""
-    return {
-        "block_start": layout.block_start,
-        "block_length": layout.block_length,
-        "key_stop": layout.key_stop,
-        "block_size": layout.block_size,
-        "is_packed": layout.key_order is not None,
-    }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    indices: jax.Array,
-    layout: Layout,
-    scale: float,
-    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    options = {**_places(layout), **_sizes(config), "scale": scale, "interpret": interpret}
-    return _kernels("forward", config).attend_forward(query, key, value, indices, **options)
-
-
-def _attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    indices: jax.Array,
-    layout: Layout,
-    scale: float,
-    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
-    interpret: Any,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    output, log_sum_exp = _attend(query, key, value, indices, layout, scale, config, interpret)
-    return (output, log_sum_exp), (query, key, value, indices, layout, output, log_sum_exp)
-
-
-def _attend_backward(
-    scale: float,
-    config: KeyMajorConfig | TritonConfig | MosaicConfig | None,
-    interpret: Any,
-    residuals: tuple,
-    gradients: tuple[jax.Array, jax.Array],
-) -> tuple:
-    inputs_and_results = *residuals, *gradients
-    d_query, d_key, d_value = attend_gradients(*inputs_and_results, scale=scale, config=config, interpret=interpret)
-    return d_query, d_key, d_value, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def attend_tiles(
     query: jax.Array,
     key: jax.Array,
@@ -214,48 +130,79 @@ def attend_tiles(
     Raises:
       NotImplementedError: a dtype or block size that the kernels cannot do.
     """
-    from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+    no_weight = jnp.zeros((*key.shape[:2], 1), jnp.float32)
+    backend = PerTileKernels(query_block_size, key_block_size, scale, interpret=interpret)
+    return derivatives.attend(backend, (query, key, value), tiles.Choice(chosen, visibility, no_weight))
 
-    arrays = query, key, value, _lists(chosen), *visibility
-    sizes: dict[str, Any] = {"query_block_size": query_block_size, "key_block_size": key_block_size}
-    return attend_tiles_forward(*arrays, **sizes, scale=scale, interpret=interpret)
+
+@dataclasses.dataclass(frozen=True)
+class PerQueryKernels(xla.PerQuery):
+    """The backend: attention of every query over its own list of blocks, by kernels.
+
+    Outputs leave the kernels in the query's dtype, and the backward pass takes delta = sum(dO O) from these: for 16-bit
+    inputs with large logits dQ and dK are two to three times as wrong as with a float32 output, which would double what
+    the kernels write.
+    """
+
+    config: Config | None = None
+    interpret: Any = False
+
+    def _options(self, layout: Layout) -> dict[str, Any]:
+        return {
+            "block_start": layout.block_start,
+            "block_length": layout.block_length,
+            "key_stop": layout.key_stop,
+            "block_size": layout.block_size,
+            "is_packed": layout.key_order is not None,
+            "scale": self.scale,
+            "interpret": self.interpret,
+            **_sizes(self.config),
+        }
+
+    def forward(self, arrays: Arrays, choice: xla.Choice) -> Results:
+        indices, layout = choice
+        attend_forward = _kernels("forward", self.config).attend_forward
+        return attend_forward(*arrays, _reachable(indices, layout), **self._options(layout))
+
+    def backward(self, arrays: Arrays, choice: xla.Choice, results: Results, cotangents: Results) -> Arrays:
+        indices, layout = choice
+        attend_backward = _kernels("backward", self.config).attend_backward
+        reachable = _reachable(indices, layout)
+        return attend_backward(*arrays, reachable, *results, *cotangents, **self._options(layout))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTileKernels(tiles.PerTile):
+    """The backend: attention of every tile of queries over its own list of blocks, by the TPU kernels."""
+
+    interpret: Any = False
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "query_block_size": self.query_block_size,
+            "key_block_size": self.key_block_size,
+            "scale": self.scale,
+            "interpret": self.interpret,
+        }
+
+    def forward(self, arrays: Arrays, choice: tiles.Choice) -> Results:
+        from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+
+        return attend_tiles_forward(*arrays, _lists(choice.chosen), *choice.visibility, **self._options())
+
+    def backward(self, arrays: Arrays, choice: tiles.Choice, results: Results, cotangents: Results) -> Arrays:
+        from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
+
+        lists = _lists(choice.chosen)
+        return attend_tiles_backward(*arrays, lists, *choice.visibility, *results, *cotangents, **self._options())
+
+
+def _reachable(indices: jax.Array, layout: Layout) -> jax.Array:
+    """The choice without blocks that hold nothing for the query: `[batch, heads, queries, top_k]`, -1 for those."""
+    first, last = layout.first_block[:, None, :, None], layout.last_block[:, None, :, None]  # [batch, 1, queries, 1]
+    return jnp.where((first <= indices) & (indices <= last), indices, -1)
 
 
 def _lists(chosen: jax.Array) -> jax.Array:
     """The ids of chosen blocks, int32 like chosen, -1 elsewhere."""
     return jnp.where(chosen, jnp.arange(chosen.shape[-1], dtype=jnp.int32), -1)
-
-
-def _attend_tiles_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    chosen: jax.Array,
-    visibility: Visibility,
-    query_block_size: int,
-    key_block_size: int,
-    scale: float,
-    interpret: Any,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    sizes = query_block_size, key_block_size
-    output, log_sum_exp = attend_tiles(query, key, value, chosen, visibility, *sizes, scale, interpret)
-    return (output, log_sum_exp), (query, key, value, _lists(chosen), *visibility, output, log_sum_exp)
-
-
-def _attend_tiles_backward(
-    query_block_size: int,
-    key_block_size: int,
-    scale: float,
-    interpret: Any,
-    residuals: tuple,
-    gradients: tuple[jax.Array, jax.Array],
-) -> tuple:
-    from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
-
-    sizes: dict[str, Any] = {"query_block_size": query_block_size, "key_block_size": key_block_size}
-    arguments = *residuals, *gradients
-    d_query, d_key, d_value = attend_tiles_backward(*arguments, **sizes, scale=scale, interpret=interpret)
-    return d_query, d_key, d_value, None, None
-
-
-attend_tiles.defvjp(_attend_tiles_forward, _attend_tiles_backward)

@@ -8,7 +8,8 @@ S2  Keys are cut, segment by segment, into blocks of `block_size`. Causal: a que
 S3  The router's score is the dot product of the query with the mean of the block's keys, unscaled. The best blocks
     win, ties go to the lower block index. The choice carries no gradient and the scores are not gates.
 S4  Query head h reads key/value head h // (heads / kv_heads) and chooses for itself.
-S5  With n_q queries and n_k keys in a segment, the query of rank r stands at the key of rank r + n_k - n_q.
+S5  With n_q queries and n_k keys in a segment, the query of rank r stands at the key of rank r + n_k - n_q. A causal
+    call with as many queries as keys and with lengths of keys alone is self-attention: queries have the same lengths.
 S6  Any length: the last block of a segment may be short, and a mean runs over the keys that are there.
 S7  Batch rows and segments never influence each other, nor does padding, whatever it holds.
 S8  Means, scores, softmax and accumulators are float32 (float64 for float64 input); the output has the query's dtype.

@@ -205,6 +205,23 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
     return decorate
 
 
+def put_on_mesh(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The array split over the named axes of the mesh of `jax.set_mesh`, one for each of its own first axes."""
+    mesh, spec = jax.sharding.get_abstract_mesh(), PartitionSpec(*axes)
+    for axis, size in zip(axes, array.shape, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(f"mesh axis {axis!r} of size {mesh.shape[axis]} must divide the {size} it is to split")
+    if explicit_sharding(array) is not None:
+        return jax.sharding.reshard(array, spec)
+    return jax.lax.with_sharding_constraint(array, spec)
+
+
+def explicit_sharding(array: jax.Array) -> NamedSharding | None:
+    """How Explicit axes of a mesh split an array, by its type; None where there are none."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
 def _axis_of(array: jax.Array, place: int) -> Any:
     """The mesh axes along one axis of an array, by its type."""
     spec = jax.typeof(array).sharding.spec

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
 
+from sparse_attn.checks import check_integers
 from sparse_attn.nn import key_conv
 
 default_kernel_init = nnx.initializers.lecun_normal()
@@ -132,8 +133,8 @@ class SelfAttention(nnx.Module):
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs must be [batch, sequence, {self.in_features}], got inputs.shape={inputs.shape}")
-        _check_integers("segment_ids", segment_ids, inputs.shape[:2])
-        _check_integers("seq_lengths", seq_lengths, inputs.shape[:1])
+        segment_ids = check_integers("segment_ids", segment_ids, inputs.shape[:2])
+        seq_lengths = check_integers("seq_lengths", seq_lengths, inputs.shape[:1])
 
         def empty_padding(tokens: jax.Array) -> jax.Array:
             if seq_lengths is None:
@@ -143,8 +144,3 @@ class SelfAttention(nnx.Module):
 
         query, key, value = self.project(empty_padding(inputs), segment_ids)
         return empty_padding(self.out(self.attend(query, key, value, segment_ids, seq_lengths)))
-
-
-def _check_integers(name: str, array: jax.Array | None, shape: tuple[int, ...]) -> None:
-    if array is not None and (array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer)):
-        raise ValueError(f"{name} must be an integer array of shape {shape}, got {array.dtype}{array.shape}")

@@ -1,6 +1,7 @@
 """Mixture of Block Attention as a module, and as the attention_fn of Flax's own."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
-from jax.sharding import PartitionSpec
 
 from sparse_attn.attention import Implementation, moba_attention
 from sparse_attn.nn import key_conv
 from sparse_attn.nn.attention import SelfAttention, default_kernel_init
+from sparse_attn.sharding import put_on_mesh
 
 
 class MoBAAttention(SelfAttention):
@@ -26,10 +27,10 @@ class MoBAAttention(SelfAttention):
       top_k: blocks that a query attends, its own included, at least 1.
       is_causal: whether a token sees only tokens up to itself.
       implementation: as in `moba_attention`.
-      mesh_axes: axes of the mesh over which batch rows and heads are split, for instance ("data", "model"); None in
-        either place for none. Attention then runs inside `jax.shard_map` on the mesh of `jax.set_mesh`: every device
-        attends its own rows and heads, and nothing is communicated. The sizes of the axes must divide the batch and
-        num_key_value_heads.
+      mesh_axes: axes of the mesh of `jax.set_mesh` over which queries, keys and values are split before attention, rows
+        and heads, for instance ("data", "model"); None in either place for none. Attention leaves arrays split as they
+        come, so this is needed only where projections would leave them otherwise. The sizes of the axes must divide the
+        batch and num_key_value_heads.
       others: as in `SelfAttention`.
     """
 
@@ -82,50 +83,43 @@ class MoBAAttention(SelfAttention):
         segment_ids: jax.Array | None,
         seq_lengths: jax.Array | None,
     ) -> jax.Array:
-        def attend(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            segment_ids: jax.Array | None,
-            seq_lengths: jax.Array | None,
-        ) -> jax.Array:
-            return moba_attention(
-                query,
-                key,
-                value,
-                block_size=self.block_size,
-                top_k=self.top_k,
-                is_causal=self.is_causal,
-                query_seq_lengths=seq_lengths,
-                key_value_seq_lengths=seq_lengths,
-                query_segment_ids=segment_ids,
-                key_value_segment_ids=segment_ids,
-                implementation=self.implementation,
-            )
-
         if self.mesh_axes is not None:
             rows, heads = self.mesh_axes
-            each = PartitionSpec(rows, None, heads, None)
-            # Loops inside start from constants, which the check of varying axes does not take for a device's own.
-            specs = (each, each, each, PartitionSpec(rows), PartitionSpec(rows))
-            attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
-        return attend(query, key, value, segment_ids, seq_lengths)
+            query, key, value = (put_on_mesh(array, (rows, None, heads)) for array in (query, key, value))
+        return moba_attention(
+            query,
+            key,
+            value,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            is_causal=self.is_causal,
+            query_seq_lengths=seq_lengths,
+            key_value_seq_lengths=seq_lengths,
+            query_segment_ids=segment_ids,
+            key_value_segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
 
 
-def moba_attention_fn(
-    *, block_size: int, top_k: int, implementation: Implementation | None = None
-) -> Callable[..., jax.Array]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class moba_attention_fn:
     """MoBA for `nnx.MultiHeadAttention(attention_fn=...)`; call that module with is_causal=True for causal attention.
+
+    A value: two with the same arguments are equal, hash alike, and pickle, so equal models compile once.
 
     Args: as in `moba_attention`.
 
-    Returns:
-      Function of query `[..., queries, heads, head_dim]`, key and value `[..., keys, kv_heads, head_dim]` and the
-      keywords that Flax passes. It raises ValueError for those that MoBA has no meaning for: a mask (so also decoding
-      from Flax's cache), a bias, dropout, a precision, sown weights.
+    Called with query `[..., queries, heads, head_dim]`, key and value `[..., keys, kv_heads, head_dim]` and what Flax
+    passes by name. That raises ValueError for what MoBA has no meaning for: a mask (so also decoding from Flax's
+    cache), a bias, dropout, a precision, sown weights.
     """
 
-    def attention_fn(
+    block_size: int
+    top_k: int
+    implementation: Implementation | None = None
+
+    def __call__(
+        self,
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
@@ -147,10 +141,15 @@ def moba_attention_fn(
         if dropout_rate > 0 and not deterministic:
             raise ValueError(f"dropout_rate must be 0 for MoBA attention unless deterministic, got {dropout_rate=}")
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        flat = (array.reshape(-1, *array.shape[-3:]) for array in (query, key, value))  # any batch axes, as Flax has it
-        output = moba_attention(
-            *flat, block_size=block_size, top_k=top_k, is_causal=is_causal, implementation=implementation
+        attend = functools.partial(
+            moba_attention,
+            block_size=self.block_size,
+            top_k=self.top_k,
+            is_causal=is_causal,
+            implementation=self.implementation,
         )
-        return output.reshape(query.shape)
-
-    return attention_fn
+        for _ in range(query.ndim - 4):  # any batch axes, as Flax has it
+            attend = jax.vmap(attend)
+        if query.ndim == 3:
+            return attend(query[None], key[None], value[None])[0]
+        return attend(query, key, value)

@@ -15,6 +15,7 @@ from sparse_attn.nn.config import LayerKind, TransformerConfig
 from sparse_attn.nn.dense import DenseAttention
 from sparse_attn.nn.moba import MoBAAttention
 from sparse_attn.nn.sliding_window import SlidingWindowAttention
+from sparse_attn.sharding import explicit_sharding
 
 # Names the axes of a parameter, or leaves its initialiser as it is.
 NameAxes = Callable[..., Initializer]
@@ -191,7 +192,8 @@ class Transformer(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be an integer array [batch, sequence], got {tokens.dtype}{tokens.shape}")
-        return self.embedding(tokens)
+        # On a mesh of Explicit axes a gather asks how its result is split: as the tokens are.
+        return self.embedding(tokens, out_sharding=explicit_sharding(tokens))
 
     def _unstacked_layers(self) -> Iterator[TransformerLayer]:
         """The layers, first to last, one by one."""

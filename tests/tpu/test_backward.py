@@ -25,18 +25,9 @@ def test_gradients_are_those_of_the_oracle(case, interpret):
             *(arrays[name] for name in ("query", "key", "value")),
             has_aux=True,
         )
-        d_prepared = pallas.attend_gradients(
-            *prepared,
-            indices,
-            layout,
-            output,
-            log_sum_exp,
-            arrays["d_output"],
-            arrays["d_log_sum_exp"],
-            scale=scale_of(case),
-            config=SMALL,
-            interpret=interpret,
-        )
+        backend = pallas.PerQueryKernels(scale_of(case), config=SMALL, interpret=interpret)
+        cotangents = arrays["d_output"], arrays["d_log_sum_exp"]
+        d_prepared = backend.backward(prepared, (indices, layout), (output, log_sum_exp), cotangents)
         return pull_back(d_prepared)
 
     output, log_sum_exp = output.astype(arrays["query"].dtype), log_sum_exp.astype(np.float32)
