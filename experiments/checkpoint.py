@@ -53,7 +53,7 @@ def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: floa
 
 
 def require_finite(directory: Path, step: int, arrays: Mapping[str, ArrayLike]) -> None:
-    """Raises FloatingPointError if a number is NaN or infinite; it names the newest checkpoint, whose numbers are not.
+    """Raises FloatingPointError if a number is NaN or infinite; its message names the newest checkpoint.
 
     Args:
       directory: where a run's checkpoints are.
@@ -62,8 +62,8 @@ def require_finite(directory: Path, step: int, arrays: Mapping[str, ArrayLike]) 
     """
     if strange := _not_finite(arrays):
         steps = _steps(directory)
-        good = f"the last good checkpoint is {directory / str(steps[-1])}" if steps else "there is no checkpoint yet"
-        raise FloatingPointError(f"{strange} at step {step}, which is not saved; {good}")
+        newest = f"the last good checkpoint is {directory / str(steps[-1])}" if steps else "there is no checkpoint yet"
+        raise FloatingPointError(f"{strange} at step {step}; {newest}")
 
 
 def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any, float] | None:
