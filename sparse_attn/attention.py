@@ -47,7 +47,7 @@ def moba_attention(
       value: shaped like key, of query's dtype.
       block_size: keys in a block, at least 1. The last block of a segment may be shorter.
       top_k: blocks that a query attends, at least 1, the own block included. More than there are means all.
-      is_causal: whether a query sees only keys up to its own position. Positions align at the end of each segment, where
+      is_causal: whether a query sees only keys up to its own position. Positions align at the end of a segment, where
         `jax.nn.dot_product_attention` aligns them at the start: with fewer queries than keys the last query stands at
         the last key.
       scale: factor of the logits. None: 1 / sqrt(head_dim).

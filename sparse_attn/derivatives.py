@@ -39,6 +39,10 @@ class Backend(Protocol):
     key/value heads, with the query heads that read them, are independent of one another.
     """
 
+    @property
+    def has_effects(self) -> bool:
+        """Whether it must run as it stands, as interpreted kernels do, which call back to Python in a fixed order."""
+
     def choice_axes(self, choice: Any) -> Any:
         """The axes of choice as words, see `sparse_attn.sharding`."""
 
@@ -64,6 +68,8 @@ def attend(backend: Backend, arrays: Arrays, choice: Any) -> Results:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(backend: Backend, arrays: Arrays, choice: Any) -> Results:
+    if backend.has_effects:
+        return backend.forward(arrays, choice)
     axes = _ARRAY_AXES, backend.choice_axes(choice)
     return over_auto_axes(backend.forward, (arrays, choice), axes, _RESULT_AXES, group=_group(arrays))
 
@@ -156,6 +162,8 @@ batching.primitive_batchers[_tangent_p] = _batch_tangent
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pull_back(backend: Backend, arrays: Arrays, choice: Any, results: Results, cotangents: Results) -> Arrays:
+    if backend.has_effects:
+        return backend.backward(arrays, choice, results, cotangents)
     operands = arrays, choice, results, cotangents
     axes = _ARRAY_AXES, backend.choice_axes(choice), _RESULT_AXES, _RESULT_AXES
     return over_auto_axes(backend.backward, operands, axes, _ARRAY_AXES, group=_group(arrays))

@@ -77,6 +77,8 @@ def route(
             interpret=interpret,
         )
 
+    if interpret:  # has effects: see `derivatives.Backend`
+        return call(query, key, layout)
     operands, group = vary_alike((query, key, layout)), query.shape[2] // key.shape[2]
     return over_auto_axes(call, operands, ("b.h", "b.k", "b"), "bh", group=group)
 
@@ -147,6 +149,10 @@ class PerQueryKernels(xla.PerQuery):
     config: Config | None = None
     interpret: Any = False
 
+    @property
+    def has_effects(self) -> bool:
+        return bool(self.interpret)
+
     def _options(self, layout: Layout) -> dict[str, Any]:
         return {
             "block_start": layout.block_start,
@@ -176,6 +182,10 @@ class PerTileKernels(tiles.PerTile):
     """The backend: attention of every tile of queries over its own list of blocks, by the TPU kernels."""
 
     interpret: Any = False
+
+    @property
+    def has_effects(self) -> bool:
+        return bool(self.interpret)
 
     def _options(self) -> dict[str, Any]:
         return {

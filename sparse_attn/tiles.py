@@ -56,6 +56,10 @@ class PerTile:
     logits_per_step: int = 2**17
     elements_per_step: int | None = None
 
+    @property
+    def has_effects(self) -> bool:
+        return False
+
     def choice_axes(self, choice: Choice) -> Any:
         def of_keys(array: jax.Array) -> str:
             return "b.k" if array.shape[2] > 1 else "b"

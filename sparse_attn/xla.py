@@ -58,6 +58,10 @@ class PerQuery:
     scale: float
     sizes: Sizes = Sizes()
 
+    @property
+    def has_effects(self) -> bool:
+        return False
+
     def choice_axes(self, choice: Choice) -> tuple[str, str]:
         del choice
         return "bh", "b"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparse_attn import systems  # noqa: F401
 from sparse_attn.systems import (
     adaspa,
     block_attention,
@@ -33,6 +32,11 @@ from sparse_attn.systems import (
     xattention,
 )
 
+NAMES = (
+    "adaspa", "block_attention", "block_bert", "block_rank", "bsfa", "combiner", "dsa", "flash_moba", "infllm_v2",
+    "moba", "nsa", "orion_msp", "pbs_attention", "pisa", "prism", "proxy_attention", "psa", "rectified", "sale", "sla",
+    "tidal_decode", "vmoba", "xattention",
+)  # fmt: skip
 TOKENS = 48  # of `attend`'s arrays, a number that the grids below hold
 
 
@@ -71,7 +75,9 @@ def every_system(query: jax.Array, key: jax.Array) -> dict[str, Callable[..., ja
         "pisa": bound(pisa.attention, density=0.4, block_size=8),
         "prism": bound(prism.attention, high_size=4, low_size=6, block_size=8),
         "proxy_attention": bound(proxy_attention.attention, num_proxies=1, stride=2, min_tokens=8, block_size=8),
-        "psa": lambda q, k, v: psa.attention(q, k, v, offsets, query_block_size=8, key_block_size=32),
+        "psa": lambda q, k, v: psa.attention(
+            q, k, v, offsets, query_block_size=8, key_block_size=32, bounds=(0.5, 0.6, 0.9, 1.0)
+        ),
         "rectified": bound(rectified.attention, block_size=8, text_length=8, threshold=0.5),
         "sale": bound(sale.attention, local_window=8, dense_length=8, query_block_size=8, key_block_size=8),
         "sla": lambda q, k, v: sla.attention(
