@@ -1,9 +1,9 @@
 """Runs everything on eight CPU devices, rows over four and heads over two, and prints what came of it.
 
-python -m tests.sharded prints a JSON object: kind of mesh -> name -> [largest difference from one device, collectives].
-A process of its own, since JAX counts its devices once. Differences and collectives are those of output and gradients;
-of systems whose gradient is that of `sparse_attn.tiles` alone, and on Explicit meshes, where all systems go through one
-`jax.shard_map`, those of the output: compiling takes the time here.
+python -m tests.sharded prints a JSON object: name -> kind of mesh -> [largest difference, collectives]. A process of
+its own, since JAX counts its devices once. Compiling takes the time here. So functions of the library are compared with
+one device, in output and gradients; systems on a mesh of Auto axes, which XLA splits, with those on Explicit axes,
+which `jax.shard_map` splits, and in gradients where these are not those of `sparse_attn.tiles` alone.
 """
 
 import json
@@ -51,18 +51,26 @@ def output_and_gradients(function):
     return call
 
 
-def compare(function, arrays, spec, expected, kind):
-    """Largest difference of function(*arrays) from what is expected, and the collectives, on a mesh of a kind."""
+def run(function, arrays, spec, kind):
+    """function(*arrays) on a mesh of a kind, and the collectives in its program."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
         split = [jax.device_put(np.asarray(array), NamedSharding(mesh, spec)) for array in arrays]
         program = jax.jit(function).lower(*split).compile()
-        actual = program(*split)
-    difference = max(
-        float(np.abs(np.asarray(one) - np.asarray(other)).max())
-        for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    )
-    return [difference, COLLECTIVES.findall(program.as_text())]
+        return jax.tree.map(np.asarray, program(*split)), COLLECTIVES.findall(program.as_text())
+
+
+def compare(name, function, arrays, spec, has_own_program):
+    """Kind of mesh -> largest difference of function(*arrays) from one device or Auto axes, and the collectives."""
+    on_mesh = {kind.name: run(function, arrays, spec, kind) for kind in KINDS}
+    expected = jax.jit(function)(*arrays) if has_own_program else on_mesh["Auto"][0]
+    assert all(np.isfinite(array).all() and np.any(array) for array in jax.tree.leaves(expected)), name
+
+    def difference(actual):
+        differences = jax.tree.map(lambda one, other: np.abs(one - other).max(), actual, expected)
+        return float(max(jax.tree.leaves(differences)))
+
+    return {kind: [difference(results), collectives] for kind, (results, collectives) in on_mesh.items()}
 
 
 def main():
@@ -71,16 +79,11 @@ def main():
     arrays = [jnp.asarray(random.standard_normal((4, TOKENS, n, 8)), jnp.float32) for n in (4, 2, 2)]
     spec = PartitionSpec("data", None, "model")
     systems = every_system(*arrays[:2])
-    result = {kind.name: {} for kind in KINDS}
+    result = {}
     for name, function in (functions(*arrays[:2]) | systems).items():
         has_gradient = name not in systems or name in OWN_GRADIENTS
         call = output_and_gradients(function) if has_gradient else function
-        expected = jax.jit(call)(*arrays)
-        assert all(np.isfinite(array).all() and np.std(array) > 0 for array in jax.tree.leaves(expected)), name
-        result["Auto"][name] = compare(call, arrays, spec, expected, AxisType.Auto)
-        if name in systems and has_gradient:
-            call, expected = function, expected[0]
-        result["Explicit"][name] = compare(call, arrays, spec, expected, AxisType.Explicit)
+        result[name] = compare(name, call, arrays, spec, name not in systems)
     config = nn.TransformerConfig(
         vocab_size=16, num_layers=3, hidden_size=16, mlp_size=16, num_heads=2, head_dim=8, window_size=4, block_size=8,
         top_k=2, key_conv_width=3, layer_pattern=("sliding_window", "moba", "dense"),
@@ -95,9 +98,7 @@ def main():
     def train(tokens):
         return jax.value_and_grad(loss)(state, tokens)
 
-    expected = jax.jit(train)(*tokens)
-    for kind in KINDS:
-        result[kind.name]["transformer"] = compare(train, tokens, PartitionSpec("data"), expected, kind)
+    result["transformer"] = compare("transformer", train, tokens, PartitionSpec("data"), True)
     print(json.dumps(result))
 
 

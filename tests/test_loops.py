@@ -1,0 +1,251 @@
+"""Loops take several steps, the last one uneven: every size that decides one made small, for groups of 1 to 8 heads.
+
+The sizes in use are set for speed, and shapes small enough for an oracle fit their first step. Here small shapes take
+many steps; shapes and sizes are drawn together in the last tests.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn import routing, window, xla
+from sparse_attn.attention import _prepare
+from sparse_attn.grammar import choose, rest
+from sparse_attn.tiles import attend_tiles
+from sparse_attn.tokens import attend_tokens
+from tests import cases, oracle
+from tests.test_tiles import dense, draw, token_mask
+
+GROUPS = (1, 2, 3, 4, 7, 8)
+every_group = pytest.mark.parametrize("group", GROUPS)
+
+# Chunks of a few queries, three or more of them; steps of a tile or two; one head at a time.
+ATTEND = xla.Sizes(tile_sizes=(4, 2), pairs_per_step=8, logits_per_step=64, rows_per_chunk=8, elements_per_step=1)
+ROUTE = routing.Sizes(rows_per_chunk=5, blocks_per_step=3, elements_per_step=1)
+
+
+def output_and_gradients(function):
+    def call(query, key, value, d_output):
+        output, pull_back = jax.vjp(function, query, key, value)
+        return output, pull_back(d_output)
+
+    return jax.jit(call)
+
+
+def moba(case, attend_sizes, route_sizes):
+    """Choice, output and gradients of MoBA with the given sizes."""
+
+    @jax.jit
+    def call(query, key, value, d_output, sequences):
+        names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
+        given = [sequences.get(name) for name in names]
+        indices = None
+
+        def attend(query, key, value):
+            nonlocal indices
+            query, (key, value), layout = _prepare(query, (key, value), case.block_size, case.is_causal, *given)
+            indices = routing.route(
+                *jax.lax.stop_gradient((query, key)),
+                layout,
+                top_k=case.top_k,
+                is_causal=case.is_causal,
+                sizes=route_sizes,
+            )
+            scale = case.head_dim**-0.5
+            return xla.attend(query, key, value, indices, layout, scale=scale, sizes=attend_sizes)[0], indices
+
+        output, pull_back, indices = jax.vjp(attend, query, key, value, has_aux=True)
+        return indices, output, pull_back(d_output)
+
+    return call
+
+
+def check_moba(case, attend_sizes, route_sizes, seed=0):
+    arrays, sequences = cases.make_inputs(case, seed)
+    query, key, value, d_output = arrays.values()
+    indices, output, gradients = moba(case, attend_sizes, route_sizes)(*arrays.values(), sequences)
+    want, gap = oracle.route(query, key, **case.options, **sequences)
+    assert gap.min() > cases.SCORE_TOLERANCE, "rounding may change a choice: draw exact numbers"
+    np.testing.assert_array_equal(indices, want)
+    expected, expected_gradients = oracle.moba(query, key, value, d_output=d_output, **case.options, **sequences)
+    cases.assert_close(output, expected, case.dtype)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        cases.assert_close(gradient, expected_gradient, case.dtype)
+
+
+@every_group
+def test_moba_over_chunks_and_steps(group):
+    sequences = "mixed" if group % 2 else "full"
+    case = cases.Case(
+        "loops", batch=2, queries=13, keys=21, heads=2 * group, head_dim=4, block_size=2, top_k=3, exact=True,
+        sequences=sequences,
+    )  # fmt: skip
+    rows = ATTEND.rows_per_chunk
+    assert case.queries * group > 2 * rows or group == 1  # three chunks or more
+    assert -(-case.keys // case.block_size) > 3 * ROUTE.blocks_per_step  # four steps of the router, the last uneven
+    check_moba(case, ATTEND, ROUTE)
+
+
+def test_many_heads_on_one_key_head_and_few_queries():
+    """Chunks so short that what fills the last is longer than a query's heads."""
+    case = cases.Case("many_heads", batch=1, queries=3, keys=9, heads=14, kv_heads=2, head_dim=4, block_size=2)
+    check_moba(case, ATTEND, ROUTE)
+
+
+@every_group
+def test_tiles_over_steps(group):
+    shape = (2, 21, 27, 2 * group, 2, 4, 3, 4, group != 2)
+    query, key, value, levels, visibility = draw(shape)
+    d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
+    tiles, step = 7 * group, 3 if group == 1 else 5
+    assert tiles > 2 * step  # three steps or more
+    assert tiles % step  # the last uneven
+    sizes = {"logits_per_step": 3 * 4 * step, "elements_per_step": 1}
+
+    def attend(query, key, value):
+        return attend_tiles(query, key, value, levels, visibility, scale=0.5, **sizes).output()
+
+    output, gradients = output_and_gradients(attend)(query, key, value, d_output)
+    mask = token_mask(levels, visibility, 1, 21, 27, 2 * group)
+    cases.assert_close(output, dense(query, key, value, mask, 0.5)[0], "float32")
+    _, expected = oracle.attention(query, key, value, mask, scale=0.5, d_output=d_output)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        cases.assert_close(gradient, expected_gradient, "float32")
+
+
+@every_group
+@pytest.mark.parametrize("window_size", [3, 6])
+def test_window_over_chunks_and_parts(group, window_size):
+    random = np.random.default_rng(group)
+    query, d_output = random.standard_normal((2, 2, 23, 2 * group, 4)).astype(np.float32)
+    key, value = random.standard_normal((2, 2, 23, 2, 4)).astype(np.float32)
+    ids = np.sort(random.integers(0, 3, (2, 23)))
+    sizes = window.Sizes(min_chunk=4, max_queries=2)  # six chunks of 4 or five of 5, the last uneven, in parts of 2
+
+    def attend(query, key, value):
+        return window.attend_window(query, key, value, ids, window_size=window_size, scale=0.5, sizes=sizes)
+
+    output, gradients = output_and_gradients(attend)(query, key, value, d_output)
+    distance = np.arange(23)[:, None] - np.arange(23)
+    mask = (distance >= 0) & (distance < window_size) & (ids[:, None, :, None] == ids[:, None, None])
+    mask = np.broadcast_to(mask, (2, 2 * group, 23, 23))
+    expected, expected_gradients = oracle.attention(query, key, value, mask, scale=0.5, d_output=d_output)
+    cases.assert_close(output, expected, "float32")
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        cases.assert_close(gradient, expected_gradient, "float32")
+
+
+@every_group
+def test_lists_of_tokens_over_steps(group, monkeypatch):
+    monkeypatch.setattr("sparse_attn.tokens._GATHERED_PER_STEP", 2 * 2 * 5 * 4 * 3)  # three queries a step: 3, 3, 3, 1
+    random = np.random.default_rng(group)
+    query, d_output = random.standard_normal((2, 2, 10, 2 * group, 4)).astype(np.float32)
+    key, value = random.standard_normal((2, 2, 13, 2, 4)).astype(np.float32)
+    indices = random.permuted(np.broadcast_to(np.arange(13), (2, 2, 10, 13)), axis=-1)[..., :5].astype(np.int32)
+    mask = (indices[..., None] == np.arange(13)).any(-2).repeat(group, 1)
+
+    def attend(query, key, value):
+        return attend_tokens(query, key, value, indices, scale=0.5).output()
+
+    output, gradients = output_and_gradients(attend)(query, key, value, d_output)
+    expected, expected_gradients = oracle.attention(query, key, value, mask, scale=0.5, d_output=d_output)
+    cases.assert_close(output, expected, "float32")
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        cases.assert_close(gradient, expected_gradient, "float32")
+
+
+@every_group
+def test_stand_ins_over_steps(group, monkeypatch):
+    monkeypatch.setattr(rest, "_LOGITS_PER_STEP", 2 * 2 * 2 * group * 3 * 5)  # two query blocks a step: 2, 2, 1
+    random = np.random.default_rng(group)
+    query, d_output = random.standard_normal((2, 2, 14, 2 * group, 4)).astype(np.float32)
+    key, value = random.standard_normal((2, 2, 5, 2, 4)).astype(np.float32)
+    is_used = random.random((2, 2 * group, 5, 5)) < 0.7
+
+    def attend(query, key, value):
+        no_weight = jnp.zeros(5)
+        return rest.pooled(query, key, value, no_weight, is_used, query_block_size=3, scale=0.5).output()
+
+    output, gradients = output_and_gradients(attend)(query, key, value, d_output)
+    mask = is_used.repeat(3, 2)[:, :, :14]
+    expected, expected_gradients = oracle.attention(query, key, value, mask, scale=0.5, d_output=d_output)
+    cases.assert_close(output, expected, "float32")
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        cases.assert_close(gradient, expected_gradient, "float32")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_choices_of_a_few_queries_at_a_time(chunk, monkeypatch):
+    monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 5 * chunk)
+    numbers = np.arange(2 * 10 * 3).reshape(2, 10, 3)
+    result = choose.by_queries(
+        lambda position, array: array * 100 + position[None, :, None], (jnp.asarray(numbers),), elements_per_query=5
+    )
+    np.testing.assert_array_equal(result, numbers * 100 + np.arange(10)[None, :, None])
+
+
+@st.composite
+def shapes_and_sizes(draw):
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.sampled_from(GROUPS))
+    case = cases.Case(
+        "drawn",
+        batch=draw(st.integers(1, 2)),
+        queries=draw(st.integers(1, 24)),
+        keys=draw(st.integers(1, 24)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=4,
+        block_size=draw(st.sampled_from([1, 2, 4, 8])),
+        top_k=draw(st.integers(1, 5)),
+        is_causal=draw(st.booleans()),
+        sequences=draw(st.sampled_from(["full", "mixed"])),
+        exact=True,
+    )
+    attend = xla.Sizes(
+        tile_sizes=draw(st.sampled_from([(8, 4), (3,), (1,)])),
+        pairs_per_step=draw(st.integers(1, 12)),
+        logits_per_step=draw(st.integers(1, 100)),
+        rows_per_chunk=draw(st.integers(1, 40)),
+        elements_per_step=draw(st.integers(1, 4000)),
+    )
+    route = routing.Sizes(
+        rows_per_chunk=draw(st.integers(1, 40)),
+        blocks_per_step=draw(st.integers(1, 6)),
+        elements_per_step=draw(st.integers(1, 4000)),
+    )
+    return case, attend, route
+
+
+@settings(max_examples=8)
+@given(drawn=shapes_and_sizes(), seed=st.integers(0, 2**32 - 1))
+def test_moba_for_shapes_and_sizes_drawn_together(drawn, seed):
+    case, attend, route = drawn
+    case = case.__class__(**{**case.__dict__, "top_k": min(case.top_k, -(-case.keys // case.block_size))})
+    check_moba(case, attend, route, seed)
+
+
+@settings(max_examples=8)
+@given(
+    lengths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    heads=st.tuples(st.integers(1, 2), st.sampled_from(GROUPS)),
+    sizes=st.tuples(st.integers(1, 200), st.integers(1, 4000)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_tiles_for_shapes_and_sizes_drawn_together(lengths, blocks, heads, sizes, seed):
+    kv_heads, group = heads
+    shape = (1, *lengths, kv_heads * group, kv_heads, 4, *blocks, True)
+    query, key, value, levels, visibility = draw(shape, seed)
+    options = dict(zip(("logits_per_step", "elements_per_step"), sizes, strict=True))
+    attend = functools.partial(attend_tiles, levels=levels, visibility=visibility, scale=0.5, **options)
+    output, gradients = output_and_gradients(lambda *arrays: attend(*arrays).output())(query, key, value, query)
+    mask = token_mask(levels, visibility, 1, *lengths, kv_heads * group)
+    expected, expected_gradients = oracle.attention(query, key, value, mask, scale=0.5, d_output=query)
+    cases.assert_close(output, expected, "float32")
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        cases.assert_close(gradient, expected_gradient, "float32")
