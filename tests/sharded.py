@@ -20,13 +20,14 @@ from tests.every_system import TOKENS, every_system
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 OWN_GRADIENTS = ("moba", "xattention", "combiner", "nsa", "pisa", "rectified", "sla", "tidal_decode")
+IN_SHARD_MAP = ("moba, lengths, reference", "window", "moba", "xattention", "nsa", "dsa", "sla")
 COLLECTIVES = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
 def functions(query, key):
     """Name -> function of query, key and value: the library's public functions besides the systems."""
     ids = jnp.repeat(jnp.arange(3), TOKENS // 3)[None].repeat(query.shape[0], 0)
-    lengths = jnp.array([TOKENS, 17, 30, 0])
+    lengths = jnp.array([TOKENS, 17, 30, 0])[: query.shape[0]]
     selection = route_moba(query, key, block_size=8, top_k=2)
     return {
         "moba, segments": lambda q, k, v: moba_attention(
@@ -73,6 +74,21 @@ def compare(name, function, arrays, spec, has_own_program):
     return {kind: [difference(results), collectives] for kind, (results, collectives) in on_mesh.items()}
 
 
+def in_shard_map(function, arrays):
+    """Largest difference of output and gradients in a `jax.shard_map` over rows, the values of all rows the same."""
+    query, key, value = arrays
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec("data")
+    split = jax.shard_map(function, mesh=mesh, in_specs=(rows, rows, PartitionSpec()), out_specs=rows)
+
+    def row_by_row(query, key, value):
+        return jax.vmap(lambda query, key: function(query[None], key[None], value)[0])(query, key)
+
+    actual, expected = (jax.jit(output_and_gradients(f))(query, key, value[:1]) for f in (split, row_by_row))
+    differences = jax.tree.map(lambda one, other: np.abs(np.asarray(one) - np.asarray(other)).max(), actual, expected)
+    return [float(max(jax.tree.leaves(differences))), []]
+
+
 def main():
     jax.config.update("jax_num_cpu_devices", 8)
     random = np.random.default_rng(0)
@@ -84,6 +100,10 @@ def main():
         has_gradient = name not in systems or name in OWN_GRADIENTS
         call = output_and_gradients(function) if has_gradient else function
         result[name] = compare(name, call, arrays, spec, name not in systems)
+    one_row = arrays[0][:1], arrays[1][:1]
+    for name in IN_SHARD_MAP:
+        function = (functions(*one_row) | every_system(*one_row))[name]
+        result[f"{name}, in shard_map"] = {"Manual": in_shard_map(function, arrays)}
     config = nn.TransformerConfig(
         vocab_size=16, num_layers=3, hidden_size=16, mlp_size=16, num_heads=2, head_dim=8, window_size=4, block_size=8,
         top_k=2, key_conv_width=3, layer_pattern=("sliding_window", "moba", "dense"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.every_system import NAMES
+from tests.sharded import IN_SHARD_MAP
 
 # Heads choose together: the devices that share them have to speak.
 HEADS_TOGETHER = ("adaspa", "block_bert", "proxy_attention")
@@ -33,6 +34,12 @@ def test_split_rows_and_heads_give_the_same_numbers_without_a_collective(name, k
     # XLA cannot split `lax.top_k`, which the reference calls as it stands.
     if name not in HEADS_TOGETHER and (name, kind) != ("moba, lengths, reference", "Auto"):
         assert collectives == []
+
+
+@pytest.mark.parametrize("name", IN_SHARD_MAP)
+def test_shard_map_takes_the_functions_under_its_default_check(name):
+    difference, _ = results()[f"{name}, in shard_map"]["Manual"]
+    assert difference < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
