@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from sparse_attn.sharding import over_auto_axes, vary_alike
+from sparse_attn.sharding import over_auto_axes, own_promotion, vary_alike
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]
 """Query `[batch, queries, heads, head_dim]`, key and value `[batch, keys, kv_heads, head_dim]`."""
@@ -80,7 +80,8 @@ def _group(arrays: Arrays) -> int:
 
 def _dense(backend: Backend, choice: Any, results: Results, *arrays: jax.Array) -> Results:
     """`dense`, in the dtypes of results."""
-    output, log_sum_exp = backend.dense(arrays, choice)  # type: ignore[arg-type]
+    with own_promotion():
+        output, log_sum_exp = backend.dense(arrays, choice)  # type: ignore[arg-type]
     return output.astype(results[0].dtype), log_sum_exp.astype(results[1].dtype)
 
 

@@ -142,7 +142,8 @@ def _sort_by_segment(segment_ids: jax.Array, length: jax.Array) -> tuple[jax.Arr
     """
     index = jnp.arange(segment_ids.size, dtype=jnp.int32)
     is_padding = index >= length
-    ids = jnp.where(is_padding, jnp.iinfo(segment_ids.dtype).max, segment_ids)
+    last = jnp.array(jnp.iinfo(segment_ids.dtype).max, segment_ids.dtype)
+    ids = jnp.where(is_padding, last, segment_ids)
     _, ids, order = jax.lax.sort((is_padding, ids, index), num_keys=2, is_stable=True)
     return ids, order
 

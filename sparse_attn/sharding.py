@@ -10,9 +10,10 @@ Axes are named by a letter each: "b" for batch rows, "h" for query heads, "k" fo
 every device needs whole; axes left out at the end are such too. So query is "b.h" and key "b.k".
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -64,7 +65,8 @@ def over_auto_axes(function: Callable[..., Any], operands: tuple, in_axes: Any, 
 
     def call_flat(*leaves: jax.Array) -> tuple[jax.Array, ...]:
         nonlocal results_tree
-        results = function(*jax.tree.unflatten(operands_tree, map(join, leaves, words)))
+        with own_promotion():
+            results = function(*jax.tree.unflatten(operands_tree, map(join, leaves, words)))
         result_words[:], results_tree = _words(out_axes, results), jax.tree.structure(results)
         return tuple(map(cut, jax.tree.leaves(results), result_words))
 
@@ -139,7 +141,8 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
     words = _words(in_axes, operands)
     mesh = jax.typeof(leaves[0]).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return function(*operands)
+        with own_promotion():
+            return function(*operands)
 
     split: dict[str, Any] = {"b": None, "h": None, "k": None}
     for letter, first in (("b", "b"), ("k", "k"), ("h", "k")):
@@ -156,8 +159,12 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
         whole = spec(word.ljust(array.ndim, "."))
         return array if jax.typeof(array).sharding.spec == whole else jax.sharding.reshard(array, whole)
 
+    def call_locally(*leaves: jax.Array) -> Any:
+        with own_promotion():
+            return function(*jax.tree.unflatten(tree, leaves))
+
     call = jax.shard_map(
-        lambda *leaves: function(*jax.tree.unflatten(tree, leaves)),
+        call_locally,
         mesh=mesh,
         in_specs=tuple(map(spec, words)),
         out_specs=jax.tree.map(spec, out_axes),
@@ -183,7 +190,8 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
         def call(*args: Any, **kwargs: Any) -> Any:
             mesh = jax.sharding.get_abstract_mesh()
             if AxisType.Explicit not in mesh.axis_types:
-                return function(*args, **kwargs)
+                with own_promotion():
+                    return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             names = [name for name in bound.arguments if name in axes]
             operands = tuple(bound.arguments[name] for name in names)
@@ -220,6 +228,13 @@ def explicit_sharding(array: jax.Array) -> NamedSharding | None:
     """How Explicit axes of a mesh split an array, by its type; None where there are none."""
     sharding = jax.typeof(array).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+@contextlib.contextmanager
+def own_promotion() -> Iterator[None]:
+    """JAX's ordinary promotion of dtypes and ranks, whatever the caller is strict about in code of its own."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _axis_of(array: jax.Array, place: int) -> Any:

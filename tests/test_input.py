@@ -1,0 +1,134 @@
+"""What people pass in: NumPy numbers, lists, wide ids, sizes beyond what exists, strict settings of JAX."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparse_attn import BlockSelection, block_sparse_attention, moba_attention, route_moba, sliding_window_attention
+from sparse_attn.nn import KeyConv, MoBAAttention, SlidingWindowAttention
+from tests import cases, oracle
+from tests.every_system import NAMES, TOKENS, every_system
+from tests.sharded import output_and_gradients
+
+CASE = cases.Case("input", batch=2, queries=20, keys=20, heads=4, kv_heads=2, head_dim=4, block_size=4, top_k=2)
+moba = functools.partial(moba_attention, block_size=4, top_k=2)
+
+
+def draw(case=CASE, seed=0):
+    arrays, _ = cases.make_inputs(case, seed)
+    return [arrays[name] for name in ("query", "key", "value")]
+
+
+def test_numpy_integers_are_sizes_and_lists_are_arrays():
+    number, (query, key, value) = np.int64, draw()
+    expected = moba(query, key, value, query_seq_lengths=jnp.array([20, 7]), key_value_seq_lengths=jnp.array([20, 7]))
+    sizes = {"block_size": number(4), "top_k": number(2), "scale": np.float32(0.5)}
+    lengths = {"query_seq_lengths": [20, 7], "key_value_seq_lengths": (20, 7)}
+    output = moba_attention(query.tolist(), key, value.tolist(), **sizes, **lengths)
+    np.testing.assert_array_equal(output, expected)
+    assert sliding_window_attention(query, key, value, window_size=number(4)).shape == query.shape
+    KeyConv(2, 4, number(3), rngs=nnx.Rngs(0))(key)
+    tokens = jnp.ones((2, 20, 16))
+    options = {"key_conv_width": number(3), "block_size": number(4), "top_k": number(2)}
+    MoBAAttention(number(16), number(2), **options, rngs=nnx.Rngs(0))(tokens, seq_lengths=[20, 7])
+    SlidingWindowAttention(16, 2, window_size=number(4), rngs=nnx.Rngs(0))(tokens)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint32", "int64"])
+def test_ids_of_any_integer_dtype_keep_documents_apart(dtype):
+    last = np.iinfo(dtype).max
+    ids = np.repeat(np.array([0, last, last - 1, 5], dtype), 5)[None].repeat(2, 0)
+    if dtype == "int64":
+        ids[ids == 5] = 2**32  # 0 in 32 bits
+    arrays = draw()
+    mask = oracle.attention_mask(
+        oracle.route(*arrays[:2], block_size=4, top_k=2, query_segment_ids=ids, key_value_segment_ids=ids)[0],
+        num_keys=20, block_size=4, query_segment_ids=ids, key_value_segment_ids=ids,
+    )  # fmt: skip
+    with jax.enable_x64(dtype == "int64"):
+        output = moba(*arrays, query_segment_ids=ids, key_value_segment_ids=ids)
+        window = sliding_window_attention(*arrays, window_size=20, segment_ids=ids)
+    cases.assert_close(output, oracle.attention(*arrays, mask), "float32")
+    causal = np.tri(20, dtype=bool) & (ids[:, None, :, None] == ids[:, None, None])
+    cases.assert_close(window, oracle.attention(*arrays, np.broadcast_to(causal, (2, 4, 20, 20))), "float32")
+
+
+def test_ids_that_do_not_fit_are_refused_rather_than_cut():
+    ids = np.zeros((2, 20), np.int64)
+    ids[:, 10:] = 2**32
+    with pytest.raises(ValueError, match="query_segment_ids must lie between"):
+        moba(*draw(), query_segment_ids=ids, key_value_segment_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int32"])
+def test_dtypes_that_are_not_worked_with_are_named(dtype):
+    arrays = [jnp.asarray(array).astype(dtype) for array in draw()]
+    with pytest.raises(ValueError, match=f"query must have a dtype of .*{dtype}"):
+        moba(*arrays)
+    with pytest.raises(ValueError, match=f"query must have a dtype of .*{dtype}"):
+        sliding_window_attention(*arrays, window_size=4)
+
+
+def test_an_empty_batch_is_named():
+    with pytest.raises(ValueError, match="query must not be empty"):
+        moba(*(array[:0] for array in draw()))
+
+
+def test_a_block_chosen_twice_counts_once():
+    query, key, value = draw()
+    random = np.random.default_rng(1)
+    indices = random.integers(-1, 5, (2, 4, 20, 9)).astype(np.int32)  # more entries than blocks, most of them twice
+    mask = oracle.attention_mask(indices, num_keys=20, block_size=4)
+    d_output = random.standard_normal(query.shape).astype(np.float32)
+    output, gradients = oracle.attention(query, key, value, mask, d_output=d_output)
+    selection = BlockSelection(jnp.asarray(indices), block_size=4, num_blocks=5)
+    for implementation in ("reference", "xla"):
+        attend = functools.partial(block_sparse_attention, selection=selection, implementation=implementation)
+        actual, pull_back = jax.vjp(attend, *map(jnp.asarray, (query, key, value)))
+        cases.assert_close(actual, output, "float32")
+        for gradient, expected in zip(pull_back(jnp.asarray(d_output)), gradients, strict=True):
+            cases.assert_close(gradient, expected, "float32")
+
+
+def temporaries(**options):
+    shape = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
+    program = jax.jit(jax.grad(lambda *arrays: moba_attention(*arrays, **options).sum())).lower(shape, shape, shape)
+    return program.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_sizes_beyond_what_exists_take_no_more_room_and_change_nothing():
+    assert temporaries(block_size=64, top_k=65536) <= temporaries(block_size=64, top_k=8)
+    assert temporaries(block_size=65536, top_k=3) <= temporaries(block_size=512, top_k=3)
+    arrays = draw()
+    jax.eval_shape(functools.partial(moba_attention, block_size=4, top_k=10**9), *arrays)
+    np.testing.assert_array_equal(
+        moba_attention(*arrays, block_size=4, top_k=99), moba_attention(*arrays, block_size=4, top_k=5)
+    )
+    causal = np.broadcast_to(np.tri(20, dtype=bool), (2, 4, 20, 20))
+    cases.assert_close(moba_attention(*arrays, block_size=10**6, top_k=1), oracle.attention(*arrays, causal), "float32")
+    assert route_moba(*arrays[:2], block_size=4, top_k=9).indices.shape[-1] == 9
+
+
+def test_key_lengths_alone_are_those_of_causal_self_attention():
+    query, key, value = draw()
+    lengths = jnp.array([20, 11])
+    both = moba(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    np.testing.assert_array_equal(moba(query, key, value, key_value_seq_lengths=lengths), both)
+    theirs = jax.nn.dot_product_attention(query, key, value, is_causal=True, key_value_seq_lengths=lengths)
+    ours = moba_attention(query, key, value, block_size=4, top_k=5, key_value_seq_lengths=lengths)
+    cases.assert_close(ours[1, :11], theirs[1, :11], "float32")
+    # Without causality every query is real: their number says nothing of the keys.
+    across = moba(query, key, value, is_causal=False, key_value_seq_lengths=lengths)
+    assert np.abs(across[1, 11:]).min() > 0
+
+
+@pytest.mark.parametrize("name", [*NAMES, "window"])
+def test_a_caller_may_be_strict_about_dtypes_and_ranks(name):
+    query, key, value = (jnp.ones((1, TOKENS, heads, 8), jnp.bfloat16) for heads in (4, 2, 2))
+    functions = every_system(query, key) | {"window": functools.partial(sliding_window_attention, window_size=8)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(output_and_gradients(functions[name]), query, key, value)
