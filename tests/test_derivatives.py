@@ -148,3 +148,26 @@ def test_equal_attention_functions_are_equal_hash_alike_and_pickle():
     assert hash(one) == hash(two)
     assert one != moba_attention_fn(block_size=8, top_k=3)
     assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(two) == one
+
+
+@pytest.mark.parametrize("name", ["moba", "xattention"])
+def test_bfloat16_gradients_are_as_near_as_those_of_dense_attention_where_logits_are_large(name):
+    """All blocks are kept. With delta from a rounded output, dQ and dK were 2.6 times as wrong as dense attention's."""
+    random = np.random.default_rng(0)
+    query, key, value, d_output = (
+        jnp.asarray(size * random.standard_normal((1, 128, 2, 64)), jnp.bfloat16) for size in (4, 4, 1, 1)
+    )
+    mask = np.broadcast_to(np.tri(128, dtype=bool), (1, 2, 128, 128))
+    exact = [np.asarray(array, np.float64) for array in (query, key, value)]
+    _, expected = oracle.attention(*exact, mask, d_output=np.asarray(d_output, np.float64))
+
+    def errors(attend):
+        gradients = jax.jit(lambda *arrays: jax.vjp(attend, *arrays)[1](d_output))(query, key, value)
+        return np.array([np.linalg.norm(np.float64(g) - e) for g, e in zip(gradients, expected, strict=True)])
+
+    attend = {
+        "moba": functools.partial(moba_attention, block_size=16, top_k=8),
+        "xattention": functools.partial(xattention.attention, block_size=16, threshold=1.0),
+    }[name]
+    dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    assert (errors(attend) < 1.25 * errors(dense)).all()
