@@ -5,6 +5,7 @@ many steps; shapes and sizes are drawn together in the last tests.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attn import routing, window, xla
+from sparse_attn import routing, tiles, window, xla
 from sparse_attn.attention import _prepare
 from sparse_attn.grammar import choose, rest
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.tokens import attend_tokens
 from tests import cases, oracle
+from tests.every_system import TOKENS, every_system
 from tests.test_tiles import dense, draw, token_mask
 
 GROUPS = (1, 2, 3, 4, 7, 8)
+TILE_SYSTEMS = (
+    "adaspa", "block_attention", "block_bert", "block_rank", "bsfa", "combiner", "orion_msp", "pbs_attention", "pisa",
+    "prism", "proxy_attention", "psa", "rectified", "sale", "sla", "xattention",
+)  # fmt: skip
 every_group = pytest.mark.parametrize("group", GROUPS)
 
 # Chunks of a few queries, three or more of them; steps of a tile or two; one head at a time.
@@ -102,9 +108,9 @@ def test_tiles_over_steps(group):
     shape = (2, 21, 27, 2 * group, 2, 4, 3, 4, group != 2)
     query, key, value, levels, visibility = draw(shape)
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
-    tiles, step = 7 * group, 3 if group == 1 else 5
-    assert tiles > 2 * step  # three steps or more
-    assert tiles % step  # the last uneven
+    num_tiles, step = 7 * group, 3 if group == 1 else 5
+    assert num_tiles > 2 * step  # three steps or more
+    assert num_tiles % step  # the last uneven
     sizes = {"logits_per_step": 3 * 4 * step, "elements_per_step": 1}
 
     def attend(query, key, value):
@@ -249,3 +255,23 @@ def test_tiles_for_shapes_and_sizes_drawn_together(lengths, blocks, heads, sizes
     cases.assert_close(output, expected, "float32")
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         cases.assert_close(gradient, expected_gradient, "float32")
+
+
+@pytest.mark.parametrize(("name", "group"), list(zip(TILE_SYSTEMS, itertools.cycle(GROUPS), strict=False)))
+def test_systems_over_steps_equal_themselves_in_one_step(name, group, monkeypatch):
+    """One step is what the tests of each system compare with loops; the choice is the same, to the bit."""
+    random = np.random.default_rng(group)
+    query, key, value = (
+        jnp.asarray(random.standard_normal((1, TOKENS, heads, 8)), jnp.float32) for heads in (2 * group, 2, 2)
+    )
+    function = every_system(query, key)[name]
+
+    def run():
+        if name in ("sla", "pisa", "psa", "xattention"):  # elsewhere gradients are those of the tiles, tested above
+            return output_and_gradients(function)(query, key, value, query)
+        return jax.jit(lambda *arrays: function(*arrays))(query, key, value)
+
+    one_step = run()
+    monkeypatch.setattr(tiles, "PerTile", functools.partial(tiles.PerTile, logits_per_step=5 * 64, elements_per_step=1))
+    monkeypatch.setattr(rest, "_LOGITS_PER_STEP", 1)
+    jax.tree.map(lambda a, e: cases.assert_close(a, e, "float32"), run(), one_step)
