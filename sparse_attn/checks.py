@@ -65,11 +65,13 @@ def check_sequences(
         missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
         raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
     (batch, num_queries), num_keys = query.shape[:2], key.shape[1]
-    if query_seq_lengths is None and is_causal and num_queries == num_keys:
-        query_seq_lengths = key_value_seq_lengths
+    key_lengths = check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
+    query_lengths = check_integers("query_seq_lengths", query_seq_lengths, (batch,))
+    if query_lengths is None and is_causal and num_queries == num_keys:
+        query_lengths = key_lengths
     return Sequences(
-        check_integers("query_seq_lengths", query_seq_lengths, (batch,)),
-        check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,)),
+        query_lengths,
+        key_lengths,
         check_integers("query_segment_ids", query_segment_ids, (batch, num_queries)),
         check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys)),
     )

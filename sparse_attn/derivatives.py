@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from sparse_attn.sharding import over_auto_axes, own_promotion, vary_alike
@@ -94,7 +93,7 @@ def _attend_jvp(backend: Backend, primals: tuple, tangents: tuple) -> tuple[Resu
         checkpoint_name(log_sum_exp, "attention_log_sum_exp"),
     )
     known, tree = jax.tree.flatten((arrays, choice, results))
-    tangent = _tangent_p.bind(*known, *tangents[0], backend=backend, tree=tree, num_vmaps=0)
+    tangent = _tangent_primitive().bind(*known, *tangents[0], backend=backend, tree=tree, num_vmaps=0)
     return results, tuple(tangent)
 
 
@@ -110,13 +109,22 @@ def _tangent(*operands: jax.Array, backend: Backend, tree: jax.tree_util.PyTreeD
     return tangent(*operands)
 
 
-_tangent_p = Primitive("attention_tangent")
-_tangent_p.multiple_results = True
-_tangent_p.def_impl(_tangent)
-mlir.register_lowering(_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
+@functools.cache
+def _tangent_primitive() -> Any:
+    """The linear operation, with its rules, made when first needed: `jax.extend.core` loads a part of Pallas."""
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("attention_tangent")
+    primitive.multiple_results = True
+    primitive.def_impl(_tangent)
+    primitive.def_abstract_eval(_abstract_tangent)
+    mlir.register_lowering(primitive, mlir.lower_fun(_tangent, multiple_results=True))
+    ad.primitive_jvps[primitive] = _differentiate_tangent
+    ad.primitive_transposes[primitive] = _transpose_tangent
+    batching.primitive_batchers[primitive] = _batch_tangent
+    return primitive
 
 
-@_tangent_p.def_abstract_eval
 def _abstract_tangent(*operands: Any, tree: jax.tree_util.PyTreeDef, **_: Any) -> list:
     """A tangent has the type of its primal."""
     return list(tree.unflatten(operands[:-3])[2])
@@ -153,12 +161,7 @@ def _transpose_tangent(
 def _batch_tangent(operands: tuple, axes: tuple, *, num_vmaps: int, **options: Any) -> tuple[list, list[int]]:
     (size,) = {operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None}
     operands = tuple(batching.bdim_at_front(*each, size) for each in zip(operands, axes, strict=True))
-    return _tangent_p.bind(*operands, num_vmaps=num_vmaps + 1, **options), [0, 0]
-
-
-ad.primitive_jvps[_tangent_p] = _differentiate_tangent
-ad.primitive_transposes[_tangent_p] = _transpose_tangent
-batching.primitive_batchers[_tangent_p] = _batch_tangent
+    return _tangent_primitive().bind(*operands, num_vmaps=num_vmaps + 1, **options), [0, 0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,4 +1,4 @@
-"""Every system keeps the common face, fits on a page, and stands in the table of docs/systems.md."""
+"""Every system keeps the common face and stands in the table of docs/systems.md."""
 
 import importlib
 import pathlib
@@ -17,12 +17,11 @@ def test_the_table_in_the_docs_is_printed_from_the_code():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_system_has_the_common_face_and_fits_on_a_page(name):
+def test_a_system_has_the_common_face(name):
     module = importlib.import_module(f"sparse_attn.systems.{name}")
     assert callable(module.select)
     assert callable(module.attention)
     assert RECIPES[name].paper in module.__doc__
-    assert len(pathlib.Path(module.__file__).read_text(encoding="utf-8").splitlines()) <= 175  # about 150 and a few
 
 
 def test_a_file_without_a_recipe_is_none_of_the_systems():
