@@ -5,6 +5,8 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from tests import near_ties
+
 # How far a result may lie from the float64 oracle, as a share of the largest expected value (at least of 1). The 16-bit
 # types: inputs are the oracle's own rounded numbers and sums are float32 (S8), so what remains is the rounding of
 # tiles and of the result, a few units in the last place (2^-8, 2^-11). float32: sums of up to some hundred terms of
@@ -109,7 +111,7 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[
 
     def draw(shape):
         numbers = random.standard_normal(shape)
-        return (np.round(8 * numbers) / 8 if case.exact else numbers).astype(as_dtype(case.dtype))
+        return (near_ties.eighths(numbers) if case.exact else numbers).astype(as_dtype(case.dtype))
 
     return {name: draw(shape) for name, shape in shapes.items()}, make_sequences(case, random)
 

@@ -13,6 +13,11 @@ TINY = 2.0**-126  # smaller results may be taken for 0
 EXP = 4  # such units that exp may err by; XLA's errs by less than 2
 
 
+def eighths(numbers):
+    """The nearest multiples of 1/8: scores from their products, and their means over powers of two, are exact."""
+    return np.round(8 * numbers) / 8
+
+
 def dot_error(one, other, magnitude, roundings):
     """How far a float32 product of two vectors, or of two means of vectors, may lie from the true one.
 
