@@ -23,7 +23,7 @@ def draw(sharpness, dtype=np.float32, seed=0):
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
 
-MIXED = [[20, 0.2, 1, 0.5, 15, 0.7], [0.1, 0.2, 20, 0.3, 0.4, 0.5]]
+MIXED = [[10, 0.2, 1, 0.5, 8, 0.7], [0.1, 0.2, 10, 0.3, 0.4, 0.5]]
 SHARP = [[6, 7, 8, 9, 10, 11]] * 2
 FLAT = [[0.2, 0.1, 0.3, 0.4, 0.2, 0.1]] * 2
 
@@ -111,7 +111,7 @@ def run(query, key, value, sparsity=0.7, text_length=0):
         (SHARP, {}, 3, [3, 3]),
         (FLAT, {}, 3, [0, 0]),
         (MIXED, {"text_length": 3, "sparsity": 0.6}, 3, [2, 1]),
-        (FLAT, {"text_length": 30}, 1, [3, 3]),
+        (MIXED, {"text_length": 30}, 1, [3, 3]),
         (FLAT, {"text_length": TOKENS + 1}, 1, [3, 3]),
     ],
     ids=["mixed", "sharp", "flat", "text", "mostly_text", "only_text"],
