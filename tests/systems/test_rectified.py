@@ -23,9 +23,8 @@ def draw(text=13, dtype=np.float32, seed=0):
     query, key, value = random.standard_normal((3, 2, VIDEO + text, 4, 8))
     for array in (query, key):
         centre = 1.5 * random.standard_normal((2, 12, 4, 8))
-        array += (
-            centre[:, np.arange(VIDEO + text) // 8] * random.uniform(0, 1, (2, 12, 1, 1))[:, np.arange(VIDEO + text) // 8]
-        )
+        shared = centre * random.uniform(0, 1, (2, 12, 1, 1))
+        array += shared[:, np.arange(VIDEO + text) // 8]
     return tuple(near_ties.eighths(x).astype(dtype) for x in (query, key[:, :, :2], value[:, :, :2]))
 
 
@@ -69,8 +68,9 @@ def expect(query, key, value, text, forced=None, scale=8**-0.5):
                 factor[b, blocks[i], h] -= share[j]
                 compensation[b, blocks[i], h] += share[j] * v[blocks[j]].mean(0)
     exact = oracle.attention(query, key, value, mask, scale=scale)
-    rows = near_ties.most(decided).repeat(8, 2)[:, :, :num_video].swapaxes(1, 2)
-    return levels, factor * exact + compensation, decided, np.pad(rows, ((0, 0), (0, text), (0, 0)), constant_values=True)
+    rows = np.ones((batch, tokens, heads), bool)
+    rows[:, :num_video] = near_ties.most(decided).repeat(8, 2)[:, :, :num_video].swapaxes(1, 2)
+    return levels, factor * exact + compensation, decided, rows
 
 
 @functools.cache
