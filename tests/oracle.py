@@ -10,6 +10,8 @@ import dataclasses
 
 import numpy as np
 
+from tests import near_ties
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryView:
@@ -74,16 +76,19 @@ def views(
     return result
 
 
-def route(query, key, *, block_size, top_k, is_causal=True, **sequences):
+def route(query, key, *, block_size, top_k, is_causal=True, input_error=0.0, **sequences):
     """Blocks chosen by every query head (S2, S3, S4, S6).
+
+    Args:
+      input_error: how far the numbers that the library routes may lie from query and key.
 
     Returns:
       indices: int `[batch, heads, queries, top_k]`, own block first, then by falling score, ties to the lower id; -1
         behind.
-      gap: `[batch, heads, queries]`, the smallest difference between neighbours in the query's ranking, down to the
-        first block left out. A tiny gap means that rounding may change the choice; exact ties are not counted.
+      gap: `[batch, heads, queries]`, what float32 leaves of the smallest difference in the query's ranking, down to the
+        first block left out: above 0 no rounding can change the choice. Ties of exact scores are not counted.
     """
-    batch_size, num_queries, heads, _ = query.shape
+    batch_size, num_queries, heads, head_dim = query.shape
     _, num_keys, kv_heads, _ = key.shape
     query, key = query.astype(np.float64), key.astype(np.float64)
     indices = np.full((batch_size, heads, num_queries, top_k), -1)
@@ -91,22 +96,34 @@ def route(query, key, *, block_size, top_k, is_causal=True, **sequences):
     all_views = views(
         num_queries, num_keys, batch_size=batch_size, block_size=block_size, is_causal=is_causal, **sequences
     )
+    means = {}  # (row, key/value head, block) -> mean key, mean of absolute values
+
+    def mean_of(b, kv_head, block, tokens):
+        if (b, kv_head, block) not in means:
+            keys = key[b, tokens, kv_head]
+            means[b, kv_head, block] = keys.mean(axis=0), np.abs(keys).mean(axis=0)
+        return means[b, kv_head, block]
+
     for b, h, t in np.ndindex(batch_size, heads, num_queries):
-        view, kv_head = all_views[b][t], h // (heads // kv_heads)
+        view, kv_head, q = all_views[b][t], h // (heads // kv_heads), query[b, t, h]
         if not view.visible:
             continue
-        candidates = []  # (-score, id)
-        for block, tokens in view.blocks.items():
-            if view.own_block is None or block < view.own_block:
-                mean = key[b, tokens, kv_head].mean(axis=0)
-                candidates.append((-(query[b, t, h] @ mean), block))
-        candidates.sort()
+        blocks = [block for block in view.blocks if view.own_block is None or block < view.own_block]
         own = [] if view.own_block is None else [view.own_block]
-        num_others = top_k - len(own)
-        chosen = own + [block for _, block in candidates[:num_others]]
+        num_others, chosen = top_k - len(own), []
+        if blocks:
+            mean, size = map(np.array, zip(*(mean_of(b, kv_head, j, view.blocks[j]) for j in blocks), strict=True))
+            scores = mean @ q
+            # Rounded are a block's sum and its mean, and the sum of products.
+            error = near_ties.dot_error(q, mean, size @ np.abs(q), block_size + 1 + head_dim)
+            error += input_error * (np.abs(q).sum() + size.sum(-1))
+            ranking = np.argsort(-scores, kind="stable")
+            chosen = [blocks[place] for place in ranking[:num_others]]
+            low, high = (scores - error)[ranking], (scores + error)[ranking]
+            left = np.minimum.accumulate(low)[:-1] - np.maximum.accumulate(high[::-1])[::-1][1:]
+            gap[b, h, t] = min(left[:num_others][left[:num_others] != 0], default=np.inf)
+        chosen = own + chosen
         indices[b, h, t, : len(chosen)] = chosen
-        differences = np.diff([score for score, _ in candidates[: num_others + 1]])
-        gap[b, h, t] = min(differences[differences > 0], default=np.inf)
     return indices, gap
 
 

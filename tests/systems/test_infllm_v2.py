@@ -1,6 +1,7 @@
 """InfLLM-v2 against loops in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_attn.systems import infllm_v2
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 
 TOKENS = 75
@@ -36,34 +37,39 @@ def draw(dtype=np.float32, seed=0):
 
 
 def token_mask(query, key, block_size, pool_size, pool_stride, initial_blocks, local_blocks, top_k, scale=8**-0.5, **_):
-    """What every query head attends, bool [batch, heads, tokens, tokens]."""
+    """What every query head attends, bool [batch, heads, tokens, tokens]; and where no rounding changes it."""
     batch, tokens, heads, _ = query.shape
     query, key, group = query.astype(np.float64), key.astype(np.float64), heads // key.shape[2]
-    mask = np.zeros((batch, heads, tokens, tokens), bool)
+    mask, decided = np.zeros((batch, heads, tokens, tokens), bool), np.zeros((batch, heads, tokens), bool)
     starts = range(0, tokens - pool_size + 1, pool_stride)
     for b, kv_head in np.ndindex(batch, key.shape[2]):
         heads_of_group = range(kv_head * group, (kv_head + 1) * group)
-        means = [key[b, start : start + pool_size, kv_head].mean(0) for start in starts]
+        pools = np.array([key[b, start : start + pool_size, kv_head] for start in starts])
+        means, sizes = pools.mean(1), np.abs(pools).mean(1)
         for t in range(tokens):
             ended = [start for start in starts if start + pool_size - 1 <= t]
-            weights = np.zeros(len(ended))
-            for h in heads_of_group:
-                exponentials = np.exp([scale * query[b, t, h] @ mean for mean in means[: len(ended)]])
-                weights += exponentials / exponentials.sum()
+            weights, errors = np.zeros((2, len(ended)))
+            for h in heads_of_group if ended else ():
+                q, mean = query[b, t, h], means[: len(ended)]
+                # Rounded are the mean of a pool, the product of 8, its scale, and below the sum of two heads.
+                error = near_ties.dot_error(q, mean, scale * sizes[: len(ended)] @ np.abs(q), pool_size + 1 + 8 + 1)
+                weight, error = near_ties.softmax(scale * mean @ q, error)
+                weights, errors = weights + weight, errors + error + near_ties.UNIT * weight
             own = t // block_size
             forced = {j for j in range(own + 1) if j < initial_blocks or j >= own - local_blocks}
-            scores = {
-                j: max(
-                    weight
-                    for start, weight in zip(ended, weights, strict=True)
-                    if start < (j + 1) * block_size and start + pool_size > j * block_size
-                )
-                for j in set(range(own)) - forced
-            }
-            best = sorted(scores, key=lambda j, scores=scores: (-scores[j], j))[: top_k - len(forced)]
+            others, start = sorted(set(range(own)) - forced), np.array(ended)
+            overlaps = {j: (start < (j + 1) * block_size) & (start + pool_size > j * block_size) for j in others}
+            ranking = sorted(others, key=lambda j, w=weights, o=overlaps: (-w[o[j]].max(), j))
+            best, rest = ranking[: top_k - len(forced)], ranking[top_k - len(forced) :]
+            # A mean that both overlap weighs the same in both: of such a tie the lower block is kept.
+            decided[b, heads_of_group, t] = all(
+                (weights - errors)[overlaps[j]].max()
+                >= (weights + errors)[overlaps[n] & ~overlaps[j] if j < n else overlaps[n]].max(initial=0)
+                for j, n in itertools.product(best, rest)
+            )
             for s in range(t + 1):
                 mask[b, heads_of_group, t, s] = s // block_size in forced | set(best)
-    return mask
+    return mask, near_ties.most(decided)
 
 
 @pytest.mark.parametrize("change", [{}, *OTHERS], ids=str)
@@ -72,11 +78,15 @@ def test_choice_equals_loops(change, strict_ranks):
     options = {**OPTIONS, **change}
     selection = jax.jit(functools.partial(infllm_v2.select, **options))(query, key)
     chosen = np.asarray(selection.to_mask()).repeat(8, axis=-1)[..., :TOKENS] & np.tril(np.ones((TOKENS, TOKENS), bool))
-    np.testing.assert_array_equal(chosen, token_mask(query, key, **options))
+    expected, decided = token_mask(query, key, **options)
+    np.testing.assert_array_equal(chosen[decided], expected[decided])
 
 
 def test_output_and_gradients_equal_a_dense_softmax(strict_ranks):
     query, key, value, d_output = draw()
+    mask, decided = token_mask(query, key, **OPTIONS, scale=0.7)
+    decided = decided.swapaxes(1, 2)
+    d_output = np.where(decided[..., None], d_output, 0)
 
     @jax.jit
     def run(query, key, value, d_output):
@@ -84,9 +94,8 @@ def test_output_and_gradients_equal_a_dense_softmax(strict_ranks):
         return output, pull_back(d_output)
 
     output, actual = run(query, key, value, d_output)
-    mask = token_mask(query, key, **OPTIONS, scale=0.7)
     expected, gradients = oracle.attention(query, key, value, mask, scale=0.7, d_output=d_output)
-    assert_close(output, expected, "float32")
+    assert_close(output, expected, "float32", decided)
     for one, other in zip(actual, gradients, strict=True):
         assert_close(one, other, "float32")
 
@@ -96,7 +105,8 @@ def test_dtype_and_rows():
     attend = jax.jit(functools.partial(infllm_v2.attention, **OPTIONS))
     output = attend(query, key, value)
     assert output.dtype == jnp.bfloat16
-    assert_close(output, oracle.attention(query, key, value, token_mask(query, key, **OPTIONS)), "bfloat16")
+    mask, decided = token_mask(query, key, **OPTIONS)
+    assert_close(output, oracle.attention(query, key, value, mask), "bfloat16", decided.swapaxes(1, 2))
     for array in (query, key, value):
         array[0] = np.nan
     np.testing.assert_array_equal(attend(query, key, value)[1], output[1])

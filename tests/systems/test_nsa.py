@@ -9,7 +9,7 @@ import pytest
 
 from sparse_attn.grammar import choose
 from sparse_attn.systems import nsa
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 
 SIZE, TOP_K, WINDOW, SCALE = 4, 3, 5, 0.6
@@ -32,32 +32,42 @@ def means_of(array):
 
 
 def masks(query, key):
-    """What each branch attends, bool [batch, heads, tokens, blocks or tokens]: compressed, selected, window."""
+    """What each branch attends, bool [batch, heads, tokens, blocks or tokens]: compressed, selected, window.
+
+    And the queries whose blocks no rounding changes, bool [batch, tokens, heads].
+    """
     batch, tokens, heads, _ = query.shape
-    means, group = means_of(key), heads // key.shape[2]
+    means, sizes, group = means_of(key), means_of(np.abs(key)), heads // key.shape[2]
     compressed = np.zeros((batch, heads, tokens, means.shape[1]), bool)
     selected, window = np.zeros((2, batch, heads, tokens, tokens), bool)
+    decided = np.zeros((batch, tokens, heads), bool)
     for b, kv_head, t in np.ndindex(batch, key.shape[2], tokens):
         ended, own = (t + 1) // SIZE, t // SIZE
         heads_of_group = slice(kv_head * group, (kv_head + 1) * group)
-        scores = dict.fromkeys(range(own), 0.0)
-        for h in range(kv_head * group, (kv_head + 1) * group):
-            logits = [SCALE * query[b, t, h].astype(np.float64) @ means[b, j, kv_head] for j in range(ended)]
-            for j in range(own):
-                scores[j] += np.exp(logits[j]) / np.exp(logits).sum()
-        chosen = [own, *sorted(scores, key=lambda j: (-scores[j], j))[: TOP_K - 1]]
+        scores, error = np.zeros((2, own))
+        for h in range(kv_head * group, (kv_head + 1) * group if own else 0):
+            q, mean = query[b, t, h].astype(np.float64), means[b, :ended, kv_head]
+            size = SCALE * sizes[b, :ended, kv_head] @ np.abs(q)
+            # Rounded are the mean of 4, the product of 8, its scale, and below the sum of two heads.
+            weights, errors = near_ties.softmax(SCALE * mean @ q, near_ties.dot_error(q, mean, size, 4 + 1 + 8 + 1))
+            scores, error = scores + weights[:own], error + errors[:own] + near_ties.UNIT * weights[:own]
+        others = np.argsort(-scores, kind="stable")[: TOP_K - 1]
+        chosen = [own, *others]
+        decided[b, t, heads_of_group] = near_ties.is_decided(scores, error, np.isin(np.arange(own), others))
         compressed[b, heads_of_group, t, :ended] = True
         for s in range(t + 1):
             selected[b, heads_of_group, t, s] = s // SIZE in chosen
             window[b, heads_of_group, t, s] = t - s < WINDOW
-    return compressed, selected, window
+    return (compressed, selected, window), near_ties.most(decided)
 
 
 def test_choice_equals_loops(strict_ranks):
     query, key, *_ = draw()
     selection = jax.jit(functools.partial(nsa.select, **OPTIONS))(query, key)
     chosen = np.asarray(selection.to_mask()).repeat(SIZE, axis=-1)[..., :22] & np.tril(np.ones((22, 22), bool))
-    np.testing.assert_array_equal(chosen, masks(query, key)[1])
+    (_, selected, _), decided = masks(query, key)
+    decided = decided.swapaxes(1, 2)
+    np.testing.assert_array_equal(chosen[decided], selected[decided])
     indices = np.asarray(selection.indices)
     np.testing.assert_array_equal(indices[..., 0], np.broadcast_to(np.arange(22) // SIZE, (2, 4, 22)))
     assert indices[:, :, :SIZE, 1:].max() == -1
@@ -72,6 +82,8 @@ def test_the_own_block_is_kept_where_another_has_all_the_weight():
 @pytest.mark.parametrize("tokens", [22, 3])
 def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks):
     query, key, value, gates, d_output = draw(tokens=tokens)
+    branches, decided = masks(query, key)
+    d_output = np.where(decided[..., None], d_output, 0)
 
     @jax.jit
     def run(query, key, value, gates, d_output):
@@ -81,7 +93,7 @@ def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks)
 
     output, actual = run(query, key, value, gates, d_output)
     expected, gradients = 0, [np.zeros(array.shape) for array in (query, key, value, gates)]
-    for branch, mask in enumerate(masks(query, key)):
+    for branch, mask in enumerate(branches):
         keys = (means_of(key), means_of(value)) if branch == 0 else (key, value)
         gate = gates[..., branch, None].astype(np.float64)
         result, (d_query, *d_keys) = oracle.attention(query, *keys, mask, scale=SCALE, d_output=gate * d_output)
@@ -93,7 +105,7 @@ def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks)
             else:
                 gradients[place] += gradient
         gradients[3][..., branch] = (result * d_output).sum(-1)
-    assert_close(output, expected, "float32")
+    assert_close(output, expected, "float32", decided)
     for one, other in zip(actual, gradients, strict=True):
         assert_close(one, other, "float32")
 
@@ -103,11 +115,11 @@ def test_dtype_rows_and_no_window():
     attend = jax.jit(functools.partial(nsa.attention, **OPTIONS, window_size=0))
     output = attend(query, key, value, gates)
     assert output.dtype == jnp.bfloat16
-    masks_of = masks(query, key)
-    compressed = oracle.attention(query, means_of(key), means_of(value), masks_of[0], scale=SCALE)
-    selected = oracle.attention(query, key, value, masks_of[1], scale=SCALE)
+    branches, decided = masks(query, key)
+    compressed = oracle.attention(query, means_of(key), means_of(value), branches[0], scale=SCALE)
+    selected = oracle.attention(query, key, value, branches[1], scale=SCALE)
     gates64 = gates.astype(np.float64)
-    assert_close(output, gates64[..., :1] * compressed + gates64[..., 1:2] * selected, "bfloat16")
+    assert_close(output, gates64[..., :1] * compressed + gates64[..., 1:2] * selected, "bfloat16", decided)
     for array in (query, key, value):
         array[0] = np.nan
     np.testing.assert_array_equal(attend(query, key, value, gates)[1], output[1])
@@ -117,7 +129,8 @@ def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
     query, key, *_ = draw()
     whole = nsa.select(query, key, **OPTIONS)
     monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 5 * 2 * 4 * 6)
-    np.testing.assert_array_equal(nsa.select(query, key, **OPTIONS).indices, whole.indices)
+    parts, decided = nsa.select(query, key, **OPTIONS), masks(query, key)[1].swapaxes(1, 2)
+    np.testing.assert_array_equal(parts.to_mask()[decided], whole.to_mask()[decided])
 
 
 def test_bad_arguments_are_named():

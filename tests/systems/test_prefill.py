@@ -1,4 +1,8 @@
-"""XAttention, Prism, PBS-Attn and ProxyAttn, by loops in float64: choices, and attention to a mask of tokens."""
+"""XAttention, Prism, PBS-Attn and ProxyAttn, by loops in float64: choices, and attention to a mask of tokens.
+
+Numbers are multiples of 1/8, so that products of tokens and of means are exact. What is rounded is a logit's factor,
+and the softmax.
+"""
 
 import functools
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_attn.systems import pbs_attention, prism, proxy_attention, xattention
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 
 BLOCK = 8
@@ -27,7 +31,7 @@ def draw(tokens=44, dtype=np.float32):
     random = np.random.default_rng(0)
     query = 2 * random.standard_normal((2, tokens, 4, 8))
     key, value = random.standard_normal((2, 2, tokens, 2, 8))
-    return tuple(array.astype(dtype) for array in (query, key, value))
+    return tuple(near_ties.eighths(array).astype(dtype) for array in (query, key, value))
 
 
 @functools.cache
@@ -35,9 +39,9 @@ def compiled(system):
     return jax.jit(functools.partial(system.attention, **OPTIONS[system]))
 
 
-def softmax(logits):
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+def softmax(logits, roundings=2):
+    """Softmax of exact products that were multiplied by a factor, and how far a float32 one may lie from it."""
+    return near_ties.softmax(logits, roundings * near_ties.UNIT * np.abs(np.nan_to_num(logits, neginf=0)))
 
 
 def top_p(mass, share, first=()):
@@ -52,12 +56,21 @@ def top_p(mass, share, first=()):
     return kept
 
 
+def is_prefix_decided(mass, error, kept, share, first=()):
+    """`near_ties.is_prefix_decided` of a list of indices."""
+    place = np.arange(len(mass))
+    return near_ties.is_prefix_decided(mass, error, np.isin(place, kept), share, np.isin(place, list(first)))
+
+
 def padded_mean(block):
     return np.concatenate([block, np.zeros((BLOCK - len(block), block.shape[1]))]).mean(0)
 
 
 def choose_xattention(query, key, threshold, stride, chunk_size=0, **_):
-    """Key blocks of every query block of one head; arrays [tokens, head_dim]. Published rule in the first chunk."""
+    """Key blocks of every query block of one head, and whether no rounding changes them; arrays [tokens, head_dim].
+
+    Published rule in the first chunk.
+    """
     tokens = len(query)
     query, key = (np.pad(x, ((0, -tokens % BLOCK), (0, 0))) for x in (query, key))
     tiles = -(-tokens // stride)
@@ -66,23 +79,28 @@ def choose_xattention(query, key, threshold, stride, chunk_size=0, **_):
         if c <= r:
             tile = query[r * stride : (r + 1) * stride] @ key[c * stride : (c + 1) * stride].T * 8**-0.5
             logits[r, c] = np.mean([tile[stride - 1 - n, n] for n in range(stride)])
-    weights, side = softmax(logits), BLOCK // stride
-    chosen = []
+    side, weights, chosen, decided = BLOCK // stride, softmax(logits), [], []
     for i in range(-(-tokens // BLOCK)):
-        mass = [weights[i * side : (i + 1) * side, j * side : (j + 1) * side].sum() for j in range(i + 1)]
+        rows, blocks = slice(i * side, (i + 1) * side), [slice(j * side, (j + 1) * side) for j in range(i + 1)]
+        mass, error = (np.array([x[rows, block].sum() for block in blocks]) for x in weights)
+        error = error + side**2 * near_ties.UNIT * mass
         if i < chunk_size // BLOCK:
             kept = top_p(mass, threshold, [i])
             others = sorted(set(range(i + 1)) - set(kept), key=lambda j: -mass[j])
             chosen.append({0, *kept, *others[:1]})
+            is_kept = np.isin(range(i + 1), [*kept, *others[:1]])
+            is_second = near_ties.is_decided(np.where(np.isin(range(i + 1), kept), np.inf, mass), error, is_kept)
+            decided.append(is_prefix_decided(mass, error, kept, threshold, [i]) & is_second)
         else:
             chosen.append(top_p(mass, threshold, {0, i}))
-    return chosen
+            decided.append(is_prefix_decided(mass, error, chosen[-1], threshold, {0, i}))
+    return chosen, decided
 
 
 def choose_prism(query, key, high_size, low_size, high_threshold, low_threshold, **_):
     means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
     pairs = np.arange(4)
-    chosen = [{0, i} for i in range(len(means[0]))]
+    chosen, decided = [{0, i} for i in range(len(means[0]))], np.ones(len(means[0]), bool)
     for size, kept, threshold in (
         (high_size, pairs[: high_size // 2], high_threshold),
         (low_size, pairs[4 - low_size // 2 :], low_threshold),
@@ -91,87 +109,115 @@ def choose_prism(query, key, high_size, low_size, high_threshold, low_threshold,
         rms = [np.sqrt((x[:, features] ** 2).mean()) / np.sqrt((x**2).mean()) for x in means]
         logits = means[0][:, features] @ means[1][:, features].T / (size**0.5 * (size / 8) ** 0.5 * rms[0] * rms[1])
         for i, row in enumerate(logits):
-            chosen[i] |= set(top_p(softmax(row[: i + 1]), threshold))
-    return chosen
+            mass, error = softmax(row[: i + 1], roundings=20)  # four roots of exact sums, and what is made of them
+            kept = top_p(mass, threshold)
+            chosen[i] |= set(kept)
+            decided[i] &= is_prefix_decided(mass, error, kept, threshold)
+    return chosen, decided
 
 
 def order_pbs(query, key, segment_size, **_):
+    """The order of keys, and whether no rounding changes which keys make up a block."""
     whole = len(key) // segment_size * segment_size
-    weights = softmax(query[-BLOCK:] @ key[:whole].T * 8**-0.5).mean(0)
-    order = list(range(len(key)))
+    weights, error = (x.mean(0) for x in softmax(query[-BLOCK:] @ key[:whole].T * 8**-0.5))
+    error = error + (BLOCK + 1) * near_ties.UNIT * weights
+    order, decided = list(range(len(key))), True
     for start in range(0, whole, segment_size):
-        order[start : start + segment_size] = sorted(order[start : start + segment_size], key=lambda s: -weights[s])
-    return order
+        segment = order[start : start + segment_size]
+        order[start : start + segment_size] = ranking = sorted(segment, key=lambda s: -weights[s])
+        for end in range(BLOCK, segment_size, BLOCK):
+            decided &= near_ties.is_decided(weights[segment], error[segment], np.isin(segment, ranking[:end]))
+    return order, decided
 
 
 def choose_pbs(query, key, threshold, segment_size, **options):
-    order = order_pbs(query, key, segment_size)
+    order, is_ordered = order_pbs(query, key, segment_size)
     key = key[order]
     means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
-    chosen = []
+    chosen, decided = [], []
     for i, mean in enumerate(means[0]):
         segment = i * BLOCK // segment_size
         earlier = segment * segment_size // BLOCK
-        kept = set(top_p(softmax(means[1][:earlier] @ mean * 8**-0.5), threshold)) if earlier else set()
+        mass, error = softmax(means[1][:earlier] @ mean * 8**-0.5) if earlier else np.zeros((2, 0))
+        kept = top_p(mass, threshold)
+        decided.append(is_ordered & is_prefix_decided(mass, error, kept, threshold))
         first = order.index(0) // BLOCK
         own = range(earlier, min(earlier + segment_size // BLOCK, len(means[0])))
-        chosen.append(kept | set(own) | ({first} if first * BLOCK // segment_size <= segment else set()))
-    return chosen
+        chosen.append({*kept, *own, *([first] if first * BLOCK // segment_size <= segment else [])})
+    return chosen, decided
 
 
 def choose_proxy(query, key, proxy_query, proxy_key, stride, mass, min_tokens, **_):
     tokens = len(query)
     kept = np.arange(0, tokens, stride)
     causal = np.where(kept[None] <= kept[:, None], proxy_query[kept] @ proxy_key[kept].T * 8**-0.5, -np.inf)
-    weights, blocks = softmax(causal), range(-(-tokens // BLOCK))
+    (weights, errors), blocks = softmax(causal), range(-(-tokens // BLOCK))
     last = np.arange(tokens)[-BLOCK:]
-    real = softmax(np.where(np.arange(tokens)[None] <= last[:, None], query[last] @ key.T * 8**-0.5, -np.inf)).sum(0)
-    pooled = [real[j * BLOCK : (j + 1) * BLOCK].sum() for j in blocks]
-    budget = max(len(top_p(pooled, mass)), -(-min_tokens // BLOCK))
-    chosen = []
+    real = softmax(np.where(np.arange(tokens)[None] <= last[:, None], query[last] @ key.T * 8**-0.5, -np.inf))
+    pooled, error = (np.array([x[:, j * BLOCK : (j + 1) * BLOCK].sum() for j in blocks]) for x in real)
+    kept_of_last = top_p(pooled, mass)
+    error += 2 * BLOCK * near_ties.UNIT * pooled
+    is_counted = is_prefix_decided(pooled, error, kept_of_last, mass)
+    budget = max(len(kept_of_last), -(-min_tokens // BLOCK))
+    chosen, decided = [], []
     for i in blocks:
-        rows = weights[kept // BLOCK == i]
-        scores = [rows[:, kept // BLOCK == j].max() if j < i else np.inf for j in range(i + 1)]
+        pairs = [np.ix_(kept // BLOCK == i, kept // BLOCK == j) for j in range(i + 1)]
+        scores, error = (np.array([x[pair].max() for pair in pairs]) for x in (weights, errors))
+        scores[i] = np.inf
         chosen.append(sorted(range(i + 1), key=lambda j: (-scores[j], j))[:budget])
-    return chosen
+        decided.append(is_counted & near_ties.is_decided(scores, error, np.isin(range(i + 1), chosen[-1])))
+    return chosen, decided
 
 
 def expected_mask(system, query, key, options):
-    """bool [batch, heads, tokens, tokens] over keys in their own order, and over blocks of sorted keys for PBS-Attn."""
+    """The choice by loops.
+
+    Returns:
+      choice: bool [batch, heads, blocks, blocks], over blocks of sorted keys for PBS-Attn.
+      mask: bool [batch, heads, tokens, tokens] over keys in their own order.
+      decided: bool [batch, heads, blocks], the rows that no rounding changes.
+    """
     batch, tokens, heads, _ = query.shape
     query, key = query.astype(np.float64), key.astype(np.float64)
     blocks = -(-tokens // BLOCK)
     choice = np.zeros((batch, heads, blocks, blocks), bool)
     mask = np.zeros((batch, heads, tokens, tokens), bool)
+    decided = np.zeros((batch, heads, blocks), bool)
     for b, h in np.ndindex(batch, heads):
         arrays = query[b, :, h], key[b, :, h // 2]
         order = np.arange(tokens)
         if system is xattention:
-            chosen = choose_xattention(*arrays, **options)
+            chosen, decided[b, h] = choose_xattention(*arrays, **options)
         elif system is prism:
-            chosen = choose_prism(*arrays, **options)
+            chosen, decided[b, h] = choose_prism(*arrays, **options)
         elif system is pbs_attention:
-            chosen, order = choose_pbs(*arrays, **options), np.array(order_pbs(*arrays, **options))
+            chosen, decided[b, h] = choose_pbs(*arrays, **options)
+            order = np.array(order_pbs(*arrays, **options)[0])
         else:
-            chosen = choose_proxy(*arrays, query[b].mean(1), key[b].mean(1), **options)
+            chosen, decided[b, h] = choose_proxy(*arrays, query[b].mean(1), key[b].mean(1), **options)
         for i, js in enumerate(chosen):
             choice[b, h, i, list(js)] = True
         seen = choice[b, h].repeat(BLOCK, 0).repeat(BLOCK, 1)[:tokens, :tokens]
         mask[b, h][:, order] = seen
-    return choice, mask & np.tri(tokens, dtype=bool)
+    return choice, mask & np.tri(tokens, dtype=bool), near_ties.most(decided)
+
+
+def queries_of(decided):
+    """Rows of blocks as queries, bool [batch, tokens, heads]."""
+    return decided.repeat(BLOCK, 2)[:, :, :44].swapaxes(1, 2)
 
 
 @every_system
 def test_choice_and_output_equal_loops(system):
     query, key, value = draw()
     options = OPTIONS[system]
-    choice, mask = expected_mask(system, query, key, options)
+    choice, mask, decided = expected_mask(system, query, key, options)
     assert 0.2 < choice[:, :, -1].mean() < 0.95, "a choice worth testing"
     levels = jax.jit(functools.partial(system.select, **options))(query, key)
     levels = levels[0] if system is pbs_attention else levels
-    np.testing.assert_array_equal(levels.to_mask(), choice)
+    np.testing.assert_array_equal(levels.to_mask()[decided], choice[decided])
     output = compiled(system)(query, key, value)
-    assert_close(output, oracle.attention(query, key, value, mask), "float32")
+    assert_close(output, oracle.attention(query, key, value, mask), "float32", queries_of(decided))
 
 
 @every_system
@@ -209,7 +255,8 @@ def test_queries_at_the_end_of_longer_keys():
     query, key, value = draw()
     whole = compiled(xattention)(query, key, value)
     tail = compiled(xattention)(query[:, 24:], key, value)
-    assert_close(tail, whole[:, 24:], "float32")
+    *_, decided = expected_mask(xattention, query, key, OPTIONS[xattention])
+    assert_close(tail, whole[:, 24:], "float32", queries_of(decided)[:, 24:])
     with pytest.raises(ValueError, match="whole blocks"):
         xattention.attention(query[:, 23:], key, value, **OPTIONS[xattention])
 
@@ -217,11 +264,11 @@ def test_queries_at_the_end_of_longer_keys():
 def test_xattention_published_choice_in_the_first_chunk():
     query, key, _ = draw()
     options = OPTIONS[xattention] | {"threshold": 0.4, "chunk_size": 3 * BLOCK}
-    choice, _ = expected_mask(xattention, query, key, options)
-    described, _ = expected_mask(xattention, query, key, options | {"chunk_size": 0})
-    assert (choice != described).any()
+    choice, _, decided = expected_mask(xattention, query, key, options)
+    described, *_ = expected_mask(xattention, query, key, options | {"chunk_size": 0})
+    assert (choice != described)[decided].any()
     levels = jax.jit(functools.partial(xattention.select, **options))(query, key)
-    np.testing.assert_array_equal(levels.to_mask(), choice)
+    np.testing.assert_array_equal(levels.to_mask()[decided], choice[decided])
 
 
 def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
@@ -230,8 +277,12 @@ def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
     options = {"stride": 4, "block_size": BLOCK, "is_causal": False}
     levels = jax.jit(functools.partial(xattention.select, threshold=thresholds, **options))(query, key)
     mass = jax.jit(functools.partial(xattention.score_blocks, scale=8**-0.5, **options))(query, key)
-    for (b, h, i), _ in np.ndenumerate(np.zeros(mass.shape[:3])):
-        expected = top_p(list(np.asarray(mass[b, h, i], np.float64)), thresholds[h])
-        np.testing.assert_array_equal(np.flatnonzero(levels.levels[b, h, i]), sorted(expected))
+    mass, decided = np.asarray(mass, np.float64), np.zeros(mass.shape[:3], bool)
+    for b, h, i in np.ndindex(decided.shape):
+        expected = top_p(mass[b, h, i], thresholds[h])
+        decided[b, h, i] = is_prefix_decided(mass[b, h, i], 0, expected, thresholds[h])  # the masses are the library's
+        if decided[b, h, i]:
+            np.testing.assert_array_equal(np.flatnonzero(levels.levels[b, h, i]), sorted(expected))
+    near_ties.most(decided)
     with pytest.raises(ValueError, match="threshold"):
         xattention.select(query, key, threshold=(0.1, 0.2), **options)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparse_attn.systems import psa
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 
 SIZES = {"query_block_size": 16, "key_block_size": 64}
@@ -17,13 +17,17 @@ BOUNDS = (0.3, 0.5, 0.75, 0.9)
 
 
 def draw(tokens=563, heads=4, kv_heads=2, dtype=np.float32, seed=0):
-    """Keys of some blocks are more alike than those of others, so that thresholds of similarity part them."""
+    """Keys of some blocks are more alike than those of others, so that thresholds of similarity part them.
+
+    Logits are exact, and so are their differences: the scale is 1/4. Scores are exp of them, and tie where they tie.
+    """
     random = np.random.default_rng(seed)
-    query, key, value = random.standard_normal((3, 2, tokens, heads, 8))
-    centre, share = random.standard_normal((2, tokens, heads, 8)), random.uniform(0, 1, (2, tokens, heads, 1))
+    query, key, value = random.standard_normal((3, 2, tokens, heads, 16))
+    centre, share = random.standard_normal((2, tokens, heads, 16)), random.uniform(0, 1, (2, tokens, heads, 1))
     start = np.arange(tokens) // 64 * 64
     key = share[:, start] * centre[:, start] + (1 - share[:, start]) * key
-    query, key, value = (x.astype(dtype) for x in (query, key[:, :, :kv_heads], value[:, :, :kv_heads]))
+    arrays = query, key[:, :, :kv_heads], value[:, :, :kv_heads]
+    query, key, value = (near_ties.eighths(array).astype(dtype) for array in arrays)
     return query, key, value, psa.draw_offsets(jax.random.key(seed), query, key, **SIZES)
 
 
@@ -42,14 +46,19 @@ def expect_scores(query, key, offsets, scale):
 
 
 def expect_level_ends(sorted_scores, rule, bounds):
-    """Ends of levels 1, 2, 4, 8 in one ranking; 1, 1, 2, 4 blocks of 64 keys fill a tile of 32."""
-    size, ends, last = len(sorted_scores), [], 0
+    """Ends of levels 1, 2, 4, 8 in one ranking, and whether no rounding of the shares changes them.
+
+    1, 1, 2, 4 blocks of 64 keys fill a tile of 32.
+    """
+    size, ends, last, decided = len(sorted_scores), [], 0, True
+    error = 2 * (size + 2 + near_ties.EXP) * near_ties.UNIT  # two sums of quotients of exp
     share = np.cumsum(sorted_scores) / sorted_scores.sum()
     for level, bound in zip((1, 2, 4, 8), bounds, strict=True):
         if rule == "rank":
             end = int(size * bound)
         else:
             within = sum(part <= bound + 1e-6 for part in share)
+            decided &= (np.abs(share - bound - 1e-6) > error).all()
             end = within + 1 if within else last
             if level == 1:
                 end = max(end, int(0.06 * size) + 1)
@@ -63,19 +72,20 @@ def expect_level_ends(sorted_scores, rule, bounds):
                 end -= 1
         last = max(end, last)
         ends.append(last)
-    return ends
+    return ends, decided
 
 
-def expect_levels(query, key, offsets, rule, bounds, scale=8**-0.5):
+def expect_levels(query, key, offsets, rule, bounds, scale=16**-0.5):
+    """Levels, and bool [batch, heads, query_blocks], the rows that no rounding changes."""
     scores = expect_scores(query, key, offsets, scale)
-    levels = np.zeros(scores.shape, int)
-    for b, h, i in np.ndindex(scores.shape[:3]):
+    levels, decided = np.zeros(scores.shape, int), np.zeros(scores.shape[:3], bool)
+    for b, h, i in np.ndindex(decided.shape):
         ranking = np.argsort(-scores[b, h, i], kind="stable")
-        ends = expect_level_ends(scores[b, h, i][ranking], rule, bounds)
+        ends, decided[b, h, i] = expect_level_ends(scores[b, h, i][ranking], rule, bounds)
         for place, block in enumerate(ranking):
             reached = [level for level, end in zip((1, 2, 4, 8), ends, strict=True) if place < end]
             levels[b, h, i, block] = reached[0] if reached else 0
-    return levels
+    return levels, near_ties.most(decided)
 
 
 def expect_cap(key, thresholds):
@@ -88,6 +98,8 @@ def expect_cap(key, thresholds):
         block = key[b, 64 * j : 64 * j + 64, g]
         block = block / np.linalg.norm(block, axis=-1, keepdims=True)
         cosines = [block[n] @ block[n + level - 1] for n in range(0, len(block) - level + 1, level)]
+        # Rounded are two norms of 16, the product of 16, and the mean of up to 32, all at most 1.
+        assert not cosines or abs(np.mean(cosines) - threshold) > (2 * 10 + 16 + 32) * near_ties.UNIT
         if cosines and np.mean(cosines) > threshold:
             cap[b, g, j] = level
     return cap
@@ -144,14 +156,17 @@ def compiled(**options):
 def test_levels_by_rank_equal_loops(bounds, strict_ranks):
     """Bands of 8 keys to a mean are rounded up to whole tiles, or down at the end of the row."""
     query, key, _, offsets = draw()
-    expected = expect_levels(query, key, offsets, "rank", bounds)
+    expected, _ = expect_levels(query, key, offsets, "rank", bounds)
     levels = jax.jit(functools.partial(psa.select, **SIZES, bounds=bounds))(query, key, offsets)
     np.testing.assert_array_equal(levels.levels, expected)
 
 
 def test_attention_and_gradients_equal_float64(strict_ranks):
     query, key, value, offsets = draw()
+    expected, decided = expect_levels(query, key, offsets, "energy", BOUNDS)
+    rows = decided.repeat(16, 2)[:, :, :563].swapaxes(1, 2)  # [batch, tokens, heads]
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
+    d_output = np.where(rows[..., None], d_output, 0)
     thresholds = (0.2, 0.45, 0.7)
     options = {**SIZES, "rule": "energy", "bounds": BOUNDS, "similarity_thresholds": thresholds, "text_length": 70}
 
@@ -162,13 +177,15 @@ def test_attention_and_gradients_equal_float64(strict_ranks):
         return levels.levels, output, *pullback(d_output)
 
     levels, *results = call(query, key, value, d_output)
-    expected = expect_levels(query, key, offsets, "energy", BOUNDS)
     assert set(np.unique(expected)) == {0, 1, 2, 4, 8}
     expected[..., -2:] = 1  # 70 of 563 tokens reach into the last but one of nine blocks
     cap = expect_cap(key, thresholds)
     assert set(np.unique(cap)) == {1, 2, 4, 8}
-    np.testing.assert_array_equal(levels, np.minimum(expected, cap.repeat(2, 1)[:, :, None]))
-    for actual, wanted in zip(results, expect_attention(query, key, value, np.asarray(levels), d_output), strict=True):
+    expected = np.minimum(expected, cap.repeat(2, 1)[:, :, None])
+    np.testing.assert_array_equal(levels[decided], expected[decided])
+    output, *gradients = expect_attention(query, key, value, expected, d_output)
+    assert_close(results[0], output, "float32", rows)
+    for actual, wanted in zip(results[1:], gradients, strict=True):
         assert_close(actual, wanted, "float32")
 
 
