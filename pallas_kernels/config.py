@@ -17,6 +17,9 @@ class KeyMajorConfig:
       chunk_bytes: on-chip memory for a chunk of queries with its accumulator. The larger the chunk, the more pairs of a
         chunk share a key block and the fewer slots are padding. None: what the chip has, less what a step needs.
       table_entries: most tiles of a chunk, whose numbers must fit the scalar memory.
+      piece_rows: queries of a chunk that are copied at a time on their way to the chip, and outputs on their way back.
+        None: all of a short chunk, else half a megabyte.
+      pieces_per_step: pieces of key blocks that one step walks when pairs are cut into tiles, a multiple of 4.
     """
 
     tile_size: int | None = None
@@ -24,16 +27,22 @@ class KeyMajorConfig:
     slots_per_step: int = 1024
     chunk_bytes: int | None = None
     table_entries: int = 40000
+    piece_rows: int | None = None
+    pieces_per_step: int = 512
 
     def __post_init__(self) -> None:
         for name in ("tile_size", "backward_tile_size"):
             size = getattr(self, name)
-            if size is not None and size not in (32, 64) and (size < 128 or size % 128):
-                raise ValueError(f"{name} must be 32, 64 or a multiple of 128, got {name}={size}")
+            if size is not None and size not in (8, 16, 32, 64) and (size < 128 or size % 128):
+                raise ValueError(f"{name} must be 8, 16, 32, 64 or a multiple of 128, got {name}={size}")
         for name in ("slots_per_step", "chunk_bytes", "table_entries"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={size}")
+        if self.piece_rows is not None and (self.piece_rows < 128 or self.piece_rows % 128):
+            raise ValueError(f"piece_rows must be a multiple of 128, got piece_rows={self.piece_rows}")
+        if self.pieces_per_step < 4 or self.pieces_per_step % 4:
+            raise ValueError(f"pieces_per_step must be a multiple of 4, got pieces_per_step={self.pieces_per_step}")
 
 
 KEY_MAJOR = KeyMajorConfig()

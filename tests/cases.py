@@ -134,13 +134,17 @@ def make_sequences(case: Case, random: np.random.Generator) -> dict[str, np.ndar
     return sequences
 
 
-def make_selection(case: Case, seed: int = 0) -> np.ndarray:
-    """Draws block ids `[batch, heads, queries, top_k]` no router would choose: of any segment, past or future."""
+def make_selection(case: Case, seed: int = 0, num_blocks: int | None = None) -> np.ndarray:
+    """Draws block ids `[batch, heads, queries, top_k]` no router would choose: of any segment, past or future.
+
+    Of a packed row's ids few exist; a smaller num_blocks than the case's leaves out the others.
+    """
+    num_blocks = num_blocks or case.num_blocks
     random = np.random.default_rng(seed)
-    choices = np.arange(case.num_blocks + case.top_k)
+    choices = np.arange(num_blocks + case.top_k)
     shape = (case.batch, case.heads, case.queries, choices.size)
     ids = random.permuted(np.broadcast_to(choices, shape), axis=-1)[..., : case.top_k]
-    return np.where(ids < case.num_blocks, ids, -1).astype(np.int32)
+    return np.where(ids < num_blocks, ids, -1).astype(np.int32)
 
 
 def as_dtype(name: str) -> np.dtype:

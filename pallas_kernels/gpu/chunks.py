@@ -177,7 +177,7 @@ class Rows(NamedTuple):
 
     Attributes:
       is_real: bool, whether there is such a row.
-      place: its number in arrays `[batch * queries * heads]`.
+      place: its number in arrays `[batch * queries * heads]`; one past the last where there is no such row.
       token: its query's number in arrays `[batch * queries]`.
     """
 
@@ -201,8 +201,10 @@ def find_rows(origin_ref: Any, head: jax.Array, row: jax.Array, is_real: jax.Arr
     batch_row, kv_head = divide(head, plan.kv_heads)
     head_of_group, query = divide(row, plan.queries)
     token = batch_row * plan.queries + query
+    is_real &= row < plan.rows
     place = token * plan.heads + kv_head * group + head_of_group
-    return Rows(is_real & (row < plan.rows), place, token)
+    # Numbers behind the last row would be places of others, at which the interpreter of a masked store writes old values.
+    return Rows(is_real, jnp.where(is_real, place, plan.batch * plan.queries * plan.heads), token)
 
 
 class Pairs(NamedTuple):

@@ -103,7 +103,14 @@ def attend_backward(
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             indices, *row = arrays  # [top_k, chunk_rows], [chunk_rows, x]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
-            tiles = make_tiles(ids, pieces, tile_size=chunk.tile_size, tiles_per_step=1, interpret=interpret)
+            tiles = make_tiles(
+                ids,
+                pieces,
+                tile_size=chunk.tile_size,
+                tiles_per_step=1,
+                pieces_per_step=config.pieces_per_step,
+                interpret=interpret,
+            )
             d_query, d_key, d_value = differentiate_tiles(
                 key_work.pack_rows(*row),
                 key,

@@ -24,8 +24,10 @@ GROUP = 128  # rows that are worked on at a time; chunks are multiples of it
 _PIECE_BYTES = 1 << 19  # of a longer chunk; the latency of a shorter copy is not hidden
 
 
-def piece_rows(num_rows: int, head_dim: int, dtype: Any) -> int:
-    """Rows of a piece of a chunk."""
+def choose_piece_rows(num_rows: int, head_dim: int, dtype: Any, piece_rows: int | None) -> int:
+    """Rows of a piece of a chunk of num_rows; piece_rows as in `KeyMajorConfig`."""
+    if piece_rows is not None:
+        return math.gcd(num_rows, piece_rows)
     if num_rows <= 1024:
         return num_rows
     return math.gcd(num_rows, _PIECE_BYTES // (key_work.round_up(head_dim, LANES) * jnp.dtype(dtype).itemsize))

@@ -22,7 +22,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.key_work import LANES, Pieces, Tiles, round_up
 
-_PIECES = 512  # of a grid step, at most
 _PIECES_AT_ONCE = 4  # cut side by side, to hide latencies, where none has more tiles than these:
 _FEW_TILES = 4  # of each, side by side; those past the end of a piece are overwritten by the next piece.
 _MANY_TILES = 8  # cut side by side of a piece that has more
@@ -34,6 +33,7 @@ def make_tiles(
     *,
     tile_size: int,
     tiles_per_step: int,
+    pieces_per_step: int,
     fixed_batches: int | None = None,
     interpret: Any = False,
 ) -> Tiles:
@@ -44,6 +44,7 @@ def make_tiles(
       pieces: of this batch row.
       tile_size: pairs of a tile.
       tiles_per_step: tiles of a step.
+      pieces_per_step: pieces that a step of this kernel walks, a multiple of 4.
       fixed_batches: for estimates only, which cannot know how long a loop is: batches of tiles that each piece has; 0:
         few tiles, several pieces at once.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
@@ -53,7 +54,7 @@ def make_tiles(
     row = _sort_rows(piece, num_pieces)
     row = jnp.pad(row, (0, -row.size % LANES + LANES + round_up(_MANY_TILES * tile_size, LANES))).reshape(-1, LANES)
 
-    group = min(_PIECES, round_up(num_pieces, _PIECES_AT_ONCE))
+    group = min(pieces_per_step, round_up(num_pieces, _PIECES_AT_ONCE))
     numbers = jnp.stack([_count(piece.reshape(-1), num_pieces), *pieces], axis=0)  # [4, pieces]
     numbers = jnp.pad(numbers, ((0, 0), (0, -num_pieces % group))).reshape(4, -1, group).swapaxes(0, 1)
     begin = piece.min() // group

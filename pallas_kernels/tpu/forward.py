@@ -98,13 +98,19 @@ def attend_forward(
             query, indices, key_stop = arrays  # [chunk_rows, head_dim], [top_k, chunk_rows], [chunk_rows]
             ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(
-                ids, pieces, tile_size=chunk.tile_size, tiles_per_step=chunk.tiles_per_step, interpret=interpret
+                ids,
+                pieces,
+                tile_size=chunk.tile_size,
+                tiles_per_step=chunk.tiles_per_step,
+                pieces_per_step=config.pieces_per_step,
+                interpret=interpret,
             )
             attend = functools.partial(
                 attend_tiles,
                 is_aligned=cut.is_aligned,
                 scale=scale,
                 vmem_bytes=chunk.vmem_bytes,
+                piece_rows=config.piece_rows,
                 interpret=interpret,
             )
             bound = _largest_norm(query) * largest_key * (abs(scale) * LOG2_E)
@@ -142,6 +148,7 @@ def attend_tiles(
     is_aligned: bool,
     scale: float,
     vmem_bytes: int,
+    piece_rows: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """One chunk: attention of each row over its tiles.
@@ -155,6 +162,7 @@ def attend_tiles(
       is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
       scale: factor of the logits.
       vmem_bytes: on-chip memory that the kernel may take.
+      piece_rows: as in `KeyMajorConfig`.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
@@ -165,7 +173,7 @@ def attend_tiles(
     parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
     state_parts = key_work.parts_of(head_dim + 2)
     num_slots = num_tiles * tile_size
-    piece_rows = chunk_rows.piece_rows(num_rows, head_dim, query.dtype)
+    piece_rows = chunk_rows.choose_piece_rows(num_rows, head_dim, query.dtype, piece_rows)
     query = query.reshape(-1, piece_rows, head_dim)
     key_stop = key_stop.reshape(-1, piece_rows // LANES, LANES)
 

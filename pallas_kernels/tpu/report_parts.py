@@ -172,7 +172,8 @@ def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tu
 
     def cut(ids: Any, numbers: Any) -> Any:
         places = key_work.Pieces(numbers, numbers, numbers)
-        return cut_tiles.make_tiles(ids, places, tile_size=tile, tiles_per_step=1024 // tile, fixed_batches=batches)
+        sizes = {"tile_size": tile, "tiles_per_step": 1024 // tile, "pieces_per_step": 512}
+        return cut_tiles.make_tiles(ids, places, **sizes, fixed_batches=batches)
 
     return cut, [((top_k, rows), jnp.int32), ((pieces,), jnp.int32)]
 

@@ -50,16 +50,17 @@ _NO_WORD = 2.0**24
 
 @dataclasses.dataclass(frozen=True)
 class RoutingConfig:
-    """Tile sizes of the routing kernels; each a multiple of 128."""
+    """Tile sizes of the routing kernels."""
 
-    key_rows: int = 1024  # keys that a step of the means reads
-    queries: int = 512  # queries of a tile
-    blocks: int = 256  # blocks of a stretch
+    key_rows: int = 1024  # keys that a step of the means reads, a multiple of 16
+    queries: int = 512  # queries of a tile, a multiple of 128
+    blocks: int = 256  # blocks of a stretch: 32, 64 or a multiple of 128
 
     def __post_init__(self) -> None:
-        for name, size in dataclasses.asdict(self).items():
-            if size < LANES or size % LANES:
-                raise ValueError(f"{name} must be a positive multiple of {LANES}, got {name}={size}")
+        for name, multiple in (("key_rows", 16), ("queries", LANES), ("blocks", LANES)):
+            size = getattr(self, name)
+            if (size < 1 or size % multiple) and (name, size) not in (("blocks", 32), ("blocks", 64)):
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {name}={size}")
 
 
 DEFAULT = RoutingConfig()
@@ -323,7 +324,7 @@ def block_means(
     """
     batch, num_keys, kv_heads, head_dim = key.shape
     num_blocks = block_start.shape[1]
-    padding = -num_blocks % (LANES if num_blocks <= LANES else config.blocks)
+    padding = -num_blocks % (LANES if num_blocks <= LANES else max(config.blocks, LANES))
     num_groups = (num_blocks + padding) // LANES
     key_rows = min(config.key_rows, round_up(num_keys, LANES))
     num_tiles = -(-num_keys // key_rows)

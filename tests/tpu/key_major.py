@@ -1,24 +1,34 @@
 """What the tests of the key-major TPU kernels share: named shapes, small sizes, inputs, and what NumPy expects."""
 
+import dataclasses
 import functools
 
 import numpy as np
 
 from pallas_kernels.config import KeyMajorConfig
+from pallas_kernels.tpu.key_work import SPARE_ROWS
 from sparse_attn.attention import _prepare
 from tests import cases, oracle
 from tests.cases import Case
 
-# Several chunks (forward, where a chunk has at least 128 rows: of the one case that has more), tiles and steps.
-SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32, chunk_bytes=72 * 1024)
+# Three tiles a step, several steps, the last of which is not full.
+SMALL = KeyMajorConfig(tile_size=8, slots_per_step=24, backward_tile_size=8, piece_rows=128, pieces_per_step=4)
 
+# Query heads per key/value head: 1, 2, 3, 4, 7, 8. "odd_blocks" has three chunks of 128 rows in the forward pass, the
+# last of them with three rows; "pieces" has one of three pieces.
 CASES = (
-    Case("packed", batch=2, queries=18, keys=27, heads=4, head_dim=64, block_size=16, top_k=3, sequences="mixed"),
-    Case("lengths", queries=33, keys=50, head_dim=128, block_size=32, dtype="bfloat16", sequences="lengths"),
-    Case("odd_blocks", batch=1, queries=65, keys=50, heads=4, head_dim=96, block_size=24, is_causal=False, scale=0.13),
-    Case("wide", batch=1, queries=16, keys=60, head_dim=256, block_size=16, top_k=3),
-    Case("wide_bfloat16", batch=1, queries=12, keys=60, head_dim=256, block_size=48, top_k=2, dtype="bfloat16"),
+    Case("packed", batch=2, queries=26, keys=50, heads=6, head_dim=64, block_size=16, top_k=4, sequences="mixed"),
+    Case("lengths", queries=33, keys=50, heads=4, head_dim=128, block_size=32, dtype="bfloat16", sequences="lengths"),
+    Case("odd_blocks", 1, 37, 50, heads=14, head_dim=96, block_size=24, top_k=1, is_causal=False, scale=0.13),
+    Case("pieces", 1, 65, 40, heads=4, kv_heads=1, head_dim=64, block_size=16, top_k=1, is_causal=False),
+    Case("wide", batch=1, queries=19, keys=60, head_dim=256, block_size=16, top_k=3),
+    Case("wide_bfloat16", 1, 5, 60, heads=16, head_dim=256, block_size=48, top_k=2, dtype="bfloat16"),
 )
+
+
+def with_chunks(num_rows, row_bytes):
+    """Sizes for chunks of so many rows at most."""
+    return dataclasses.replace(SMALL, chunk_bytes=(num_rows + SPARE_ROWS) * row_bytes)
 
 
 def scale_of(case):
@@ -29,12 +39,14 @@ def scale_of(case):
 def make_inputs(case):
     """Arrays, sequence arguments, and block ids that no router would give.
 
-    The first half of the heads asks eight times as strongly, so that its logits leave the range of the kernel without a
-    maximum. Whatever no query may see is NaN.
+    The first of two key/value heads is asked eight times as strongly, so that its logits leave the range of the kernel
+    without a maximum. Whatever no query may see is NaN.
     """
     arrays, sequences = cases.make_inputs(case)
-    arrays["query"][:, :, : case.heads // case.kv_heads] *= 8
-    selection = cases.make_selection(case)
+    if case.kv_heads > 1:
+        arrays["query"][:, :, : case.heads // case.kv_heads] *= 8
+    num_blocks = 4 if case.sequences == "mixed" else case.num_blocks  # so many exist
+    selection = cases.make_selection(case, num_blocks=num_blocks)
     everything = np.broadcast_to(np.arange(case.num_blocks), (*selection.shape[:3], case.num_blocks))
     is_reachable = mask_of(case, everything, sequences).any((1, 2))  # [batch, keys]
     for name in ("key", "value"):

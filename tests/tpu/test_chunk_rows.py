@@ -14,12 +14,12 @@ from tests import cases
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.mark.parametrize("num_pieces", [1, 2, 5])
+@pytest.mark.parametrize(("num_pieces", "piece_rows"), [(1, 384), (2, 128), (5, 128), (3, 256)])
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 96), ("float32", 128)])
-def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
+def test_every_piece_arrives(dtype, head_dim, num_pieces, piece_rows, interpret):
     """Words of the rows, spare rows included, and outputs of states of which the first three are empty."""
     random = np.random.default_rng(0)
-    rows = num_pieces * 128
+    rows = num_pieces * piece_rows
     words, parts, state_parts = (48, 1, 1) if dtype == "bfloat16" else (128, 2, 2)
     query = random.standard_normal((rows, head_dim)).astype(cases.as_dtype(dtype))
     key_stop = random.integers(0, 1 << 30, rows, dtype=np.int32)
@@ -33,7 +33,7 @@ def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
         chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm, buffers)
 
     in_hbm, in_vmem = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
-    pieces = query.reshape(num_pieces, 128, head_dim), key_stop.reshape(num_pieces, 1, LANES)
+    pieces = query.reshape(num_pieces, piece_rows, head_dim), key_stop.reshape(num_pieces, -1, LANES)
     output, log_sum_exp, row = pl.pallas_call(
         kernel,
         out_shape=(
@@ -62,3 +62,12 @@ def test_every_piece_arrives(dtype, head_dim, num_pieces, interpret):
     cases.assert_close(log_sum_exp[3:], largest * np.log(2) + np.log(total), "float32")
     assert not output[:3].any()
     assert np.isneginf(log_sum_exp[:3]).all()
+
+
+@pytest.mark.parametrize("num_rows", [640, 1024, 33 * 1024])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 32), ("float32", 256)])
+def test_pieces_of_long_chunks_are_whole_groups_of_a_quarter_to_half_a_megabyte(num_rows, dtype, head_dim):
+    piece = chunk_rows.choose_piece_rows(num_rows, head_dim, cases.as_dtype(dtype), None)
+    assert num_rows % piece == piece % chunk_rows.GROUP == 0
+    size = piece * max(head_dim, LANES) * cases.as_dtype(dtype).itemsize
+    assert piece == num_rows <= 1024 or 1 << 18 <= size <= 1 << 19

@@ -9,17 +9,20 @@ from pallas_kernels.tpu.key_work import Pieces
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.mark.parametrize("tile_size", [32, 128])
+@pytest.mark.parametrize("tile_size", [8, 128, 384])
 def test_tiles_hold_each_piece_s_rows_in_order(tile_size, interpret):
-    """Pieces without pairs, with a few tiles, and with more than are cut side by side."""
+    """Pieces without pairs, with a few tiles, and with several times as many as are cut side by side.
+
+    The nine pieces take three steps. A tile of 384 pairs has three rows of lanes.
+    """
     random = np.random.default_rng(0)
-    rows, tiles_per_step, num_pieces = 450, 2, 9
+    rows, tiles_per_step, num_pieces = 450, 3, 9
     ids = np.stack([random.integers(1, 3, rows), random.choice([-1, 4, 5, 8], rows)], axis=1)
-    ids[:400, 0] = 7  # 13 tiles of 32
+    ids[:400, 0] = 7  # 50 tiles of 8
     start = np.arange(num_pieces, dtype=np.int32) * 10
     pieces = Pieces(np.arange(num_pieces, dtype=np.int32)[::-1].copy(), start, start + 7)
-    options = {"tile_size": tile_size, "tiles_per_step": tiles_per_step, "interpret": interpret}
-    tiles = make_tiles(ids.T.astype(np.int32), pieces, **options)
+    sizes = {"tile_size": tile_size, "tiles_per_step": tiles_per_step, "pieces_per_step": 4}
+    tiles = make_tiles(ids.T.astype(np.int32), pieces, **sizes, interpret=interpret)
 
     expected = []
     for piece in range(num_pieces):
