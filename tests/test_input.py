@@ -25,17 +25,23 @@ def draw(case=CASE, seed=0):
 
 def test_numpy_integers_are_sizes_and_lists_are_arrays():
     number, (query, key, value) = np.int64, draw()
-    expected = moba(query, key, value, query_seq_lengths=jnp.array([20, 7]), key_value_seq_lengths=jnp.array([20, 7]))
+    lengths = jnp.array([20, 7])
+    expected = jax.jit(lambda: moba(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths))()
     sizes = {"block_size": number(4), "top_k": number(2), "scale": np.float32(0.5)}
-    lengths = {"query_seq_lengths": [20, 7], "key_value_seq_lengths": (20, 7)}
-    output = moba_attention(query.tolist(), key, value.tolist(), **sizes, **lengths)
+    lists = {"query_seq_lengths": [20, 7], "key_value_seq_lengths": (20, 7)}
+    output = jax.jit(lambda: moba_attention(query.tolist(), key, value.tolist(), **sizes, **lists))()
     np.testing.assert_array_equal(output, expected)
-    assert sliding_window_attention(query, key, value, window_size=number(4)).shape == query.shape
-    KeyConv(2, 4, number(3), rngs=nnx.Rngs(0))(key)
+    window = functools.partial(sliding_window_attention, window_size=number(4))
+    assert jax.eval_shape(window, query, key, value).shape == query.shape
     tokens = jnp.ones((2, 20, 16))
     options = {"key_conv_width": number(3), "block_size": number(4), "top_k": number(2)}
-    MoBAAttention(number(16), number(2), **options, rngs=nnx.Rngs(0))(tokens, seq_lengths=[20, 7])
-    SlidingWindowAttention(16, 2, window_size=number(4), rngs=nnx.Rngs(0))(tokens)
+    for module in (
+        KeyConv(2, 4, number(3), rngs=nnx.Rngs(0)),
+        MoBAAttention(number(16), number(2), **options, rngs=nnx.Rngs(0)),
+        SlidingWindowAttention(16, 2, window_size=number(4), rngs=nnx.Rngs(0)),
+    ):
+        inputs = key if isinstance(module, KeyConv) else tokens
+        assert nnx.eval_shape(lambda module, inputs: module(inputs), module, inputs).shape == inputs.shape
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint32", "int64"])
@@ -50,8 +56,8 @@ def test_ids_of_any_integer_dtype_keep_documents_apart(dtype):
         num_keys=20, block_size=4, query_segment_ids=ids, key_value_segment_ids=ids,
     )  # fmt: skip
     with jax.enable_x64(dtype == "int64"):
-        output = moba(*arrays, query_segment_ids=ids, key_value_segment_ids=ids)
-        window = sliding_window_attention(*arrays, window_size=20, segment_ids=ids)
+        output = jax.jit(lambda *arrays: moba(*arrays, query_segment_ids=ids, key_value_segment_ids=ids))(*arrays)
+        window = jax.jit(lambda *arrays: sliding_window_attention(*arrays, window_size=20, segment_ids=ids))(*arrays)
     cases.assert_close(output, oracle.attention(*arrays, mask), "float32")
     causal = np.tri(20, dtype=bool) & (ids[:, None, :, None] == ids[:, None, None])
     cases.assert_close(window, oracle.attention(*arrays, np.broadcast_to(causal, (2, 4, 20, 20))), "float32")
@@ -88,15 +94,15 @@ def test_a_block_chosen_twice_counts_once():
     selection = BlockSelection(jnp.asarray(indices), block_size=4, num_blocks=5)
     for implementation in ("reference", "xla"):
         attend = functools.partial(block_sparse_attention, selection=selection, implementation=implementation)
-        actual, pull_back = jax.vjp(attend, *map(jnp.asarray, (query, key, value)))
+        actual, actual_gradients = jax.jit(lambda *x, f=attend: (f(*x), jax.vjp(f, *x)[1](d_output)))(query, key, value)
         cases.assert_close(actual, output, "float32")
-        for gradient, expected in zip(pull_back(jnp.asarray(d_output)), gradients, strict=True):
+        for gradient, expected in zip(actual_gradients, gradients, strict=True):
             cases.assert_close(gradient, expected, "float32")
 
 
 def temporaries(**options):
     shape = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
-    program = jax.jit(jax.grad(lambda *arrays: moba_attention(*arrays, **options).sum())).lower(shape, shape, shape)
+    program = jax.jit(functools.partial(moba_attention, **options)).lower(shape, shape, shape)
     return program.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -116,13 +122,18 @@ def test_sizes_beyond_what_exists_take_no_more_room_and_change_nothing():
 def test_key_lengths_alone_are_those_of_causal_self_attention():
     query, key, value = draw()
     lengths = jnp.array([20, 11])
-    both = moba(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    np.testing.assert_array_equal(moba(query, key, value, key_value_seq_lengths=lengths), both)
+
+    @jax.jit
+    def run(**options):
+        return moba(query, key, value, key_value_seq_lengths=lengths, **options)
+
+    np.testing.assert_array_equal(run(), run(query_seq_lengths=lengths))
     theirs = jax.nn.dot_product_attention(query, key, value, is_causal=True, key_value_seq_lengths=lengths)
-    ours = moba_attention(query, key, value, block_size=4, top_k=5, key_value_seq_lengths=lengths)
+    attend = jax.jit(functools.partial(moba_attention, block_size=4, top_k=5))
+    ours = attend(query, key, value, key_value_seq_lengths=lengths)
     cases.assert_close(ours[1, :11], theirs[1, :11], "float32")
     # Without causality every query is real: their number says nothing of the keys.
-    across = moba(query, key, value, is_causal=False, key_value_seq_lengths=lengths)
+    across = jax.jit(functools.partial(moba, is_causal=False))(query, key, value, key_value_seq_lengths=lengths)
     assert np.abs(across[1, 11:]).min() > 0
 
 
