@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.schedule import make_schedule
+from pallas_kernels.schedule import _sort_pairs, make_schedule
 
 NUM_BLOCKS = 5
 
@@ -46,6 +46,15 @@ def test_tiles_run_block_by_block_in_the_order_of_queries_and_the_rest_is_empty(
         of_block = pair[:used][block[:used] == b].reshape(-1)
         np.testing.assert_array_equal(of_block[: counts[b]], np.flatnonzero(indices.reshape(-1) == b))
         assert (of_block[counts[b] :] == indices.size).all()
+
+
+def test_pairs_are_sorted_alike_whether_or_not_block_and_pair_fit_one_integer():
+    """The long way is taken from 2^31 on, as by 4 million pairs of 512 blocks."""
+    block = np.random.default_rng(0).integers(0, NUM_BLOCKS + 1, 40).astype(np.int32)
+    for num_blocks in (NUM_BLOCKS, 2**31 // 40):
+        sorted_block, pair = _sort_pairs(block, num_blocks)
+        np.testing.assert_array_equal(pair, np.argsort(block, kind="stable"))
+        np.testing.assert_array_equal(sorted_block, np.sort(block))
 
 
 def test_the_schedule_is_the_same_under_jit_and_vmap():

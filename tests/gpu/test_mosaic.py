@@ -110,17 +110,21 @@ STAND_INS = {
 SMALL = MosaicConfig(num_programs=2, chunk_bytes=20000)
 BY_XLA = MosaicConfig(num_programs=2, gather_in_kernel=False)
 ONE_PROGRAM = MosaicConfig(num_programs=1)
+THREE_SLOTS = MosaicConfig(num_programs=1, query_slots=3)
 
-# Between them: blocks cut in two, blocks of one and of two warpgroups, both widths of a row, both gathers.
+# Between them: blocks cut in two and in three, blocks of one and of two warpgroups, both widths of a row, both gathers;
+# 3, 4, 1 and 7 query heads per key/value head. "grouped_ragged" has four chunks, the last one shorter. In "many_tiles" each
+# of the three parts of the block has three tiles, the last one not full, and one program has them all.
 CASES = (
-    Case("grouped_ragged", 1, 150, 150, heads=2, kv_heads=1, head_dim=20, block_size=140, dtype="bfloat16", scale=0.7),
-    Case("mixed_segments", queries=36, keys=45, heads=4, block_size=4, top_k=3, sequences="mixed", dtype="float16"),
+    Case("grouped_ragged", 1, 43, 150, heads=3, kv_heads=1, head_dim=20, block_size=140, dtype="bfloat16", scale=0.7),
+    Case("mixed_segments", queries=18, keys=45, heads=8, block_size=4, top_k=3, sequences="mixed", dtype="float16"),
     Case("by_xla", 3, 29, 150, head_dim=80, block_size=100, is_causal=False, sequences="lengths", dtype="float16"),
+    Case("many_tiles", 1, 45, 300, heads=7, kv_heads=1, block_size=300, top_k=9, is_causal=False, dtype="bfloat16"),
 )
 
 
 def options(case):
-    config = {"by_xla": BY_XLA, "mutant": ONE_PROGRAM}.get(case.name, SMALL)
+    config = {"by_xla": BY_XLA, "mutant": ONE_PROGRAM, "many_tiles": THREE_SLOTS}.get(case.name, SMALL)
     return {"config": config, "interpret": not ON_GPU and plgpu.InterpretGPUParams(detect_races=True)}
 
 

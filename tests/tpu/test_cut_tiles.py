@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu.cut_tiles import make_tiles
+from pallas_kernels.tpu.cut_tiles import _sort_rows, make_tiles
 from pallas_kernels.tpu.key_work import Pieces
 
 pytestmark = pytest.mark.timeout(120)
@@ -39,3 +39,10 @@ def test_tiles_hold_each_piece_s_rows_in_order(tile_size, interpret):
     np.testing.assert_array_equal(actual[len(expected) : (num_steps + 1) * tiles_per_step], rows)
     for numbers, want in zip((tiles.stretch, tiles.start, tiles.stop), want_numbers, strict=True):
         np.testing.assert_array_equal(numbers[: len(expected)], want)
+
+
+def test_rows_are_sorted_alike_whether_or_not_piece_and_row_fit_one_integer():
+    piece = np.random.default_rng(0).integers(0, 6, (2, 20)).astype(np.int32)
+    want = np.lexsort((np.tile(np.arange(20), 2), piece.reshape(-1))) % 20
+    for num_pieces in (5, 2**31 // 20):
+        np.testing.assert_array_equal(_sort_rows(piece, num_pieces)[:40], want)
