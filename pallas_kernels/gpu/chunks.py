@@ -203,7 +203,7 @@ def find_rows(origin_ref: Any, head: jax.Array, row: jax.Array, is_real: jax.Arr
     token = batch_row * plan.queries + query
     is_real &= row < plan.rows
     place = token * plan.heads + kv_head * group + head_of_group
-    # Numbers behind the last row would be places of others, at which the interpreter of a masked store writes old values.
+    # Behind the last row the number would be another row's place, where an interpreted masked store writes old values.
     return Rows(is_real, jnp.where(is_real, place, plan.batch * plan.queries * plan.heads), token)
 
 

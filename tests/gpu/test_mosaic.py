@@ -113,8 +113,8 @@ ONE_PROGRAM = MosaicConfig(num_programs=1)
 THREE_SLOTS = MosaicConfig(num_programs=1, query_slots=3)
 
 # Between them: blocks cut in two and in three, blocks of one and of two warpgroups, both widths of a row, both gathers;
-# 3, 4, 1 and 7 query heads per key/value head. "grouped_ragged" has four chunks, the last one shorter. In "many_tiles" each
-# of the three parts of the block has three tiles, the last one not full, and one program has them all.
+# 3, 4, 1 and 7 query heads per key/value head. "grouped_ragged" has four chunks, the last one shorter. In "many_tiles"
+# each of the three parts of the block has three tiles, the last one not full, and one program has them all.
 CASES = (
     Case("grouped_ragged", 1, 43, 150, heads=3, kv_heads=1, head_dim=20, block_size=140, dtype="bfloat16", scale=0.7),
     Case("mixed_segments", queries=18, keys=45, heads=8, block_size=4, top_k=3, sequences="mixed", dtype="float16"),

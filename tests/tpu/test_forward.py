@@ -33,7 +33,7 @@ def bounds(case):
 def test_both_kernels_give_the_oracle_s_output_and_log_sum_exp(case, interpret):
     arrays, sequences, selection = make_inputs(case)
     assert bounds(case).min() < forward.FIXED_RANGE / 1.2
-    assert case.kv_heads == 1 or forward.FIXED_RANGE * 1.2 < bounds(case).max()
+    assert case.kv_heads == 1 or bounds(case).max() > forward.FIXED_RANGE * 1.2
     config = sizes(case.head_dim, cases.as_dtype(case.dtype), num_rows=384 if case.name == "pieces" else 128)
 
     @jax.jit
