@@ -43,8 +43,8 @@ class TileCase:
 
 
 # Query heads per key/value head: 1, 2, 3, 4, 7, 8. A list takes three steps or more, the last with one partner of two,
-# but for "one_large_step". In "cut_tiles" tiles and blocks have three parts, the last one half empty. In "many_steps" the
-# steps of a row fill three lines of 32, not quite, in all three kernels.
+# but for "one_large_step". In "cut_tiles" tiles and blocks have three parts, the last one half empty. In "many_steps"
+# the steps of a row fill three lines of 32, not quite, in all three kernels.
 CASES = (
     TileCase("ragged_permuted", 28, 90, 16, 16, 5, 1, 8, 2, permuted=True, config=TileConfig(32, 32)),
     TileCase("cut_tiles", 90, 190, 80, 80, 3, heads=3, head_dim=96, config=TileConfig(32, 64)),
