@@ -8,10 +8,10 @@ import pytest
 
 from sparse_attn.grammar import choose
 from sparse_attn.systems import pbs_attention, prism, psa, sla, xattention
-from tests import oracle
+from tests import near_ties, oracle
 from tests.cases import assert_close
 from tests.systems import test_psa
-from tests.systems.test_prefill import BLOCK, draw, order_pbs, padded_mean, softmax, top_p
+from tests.systems.test_prefill import BLOCK, draw, is_prefix_decided, order_pbs, padded_mean, softmax, top_p
 from tests.systems.test_sla import SIZES
 from tests.systems.test_sla import draw as draw_sla
 
@@ -32,12 +32,14 @@ def tokens_of(choice, num_queries, num_keys, is_causal):
 
 
 def choose_xattention(query, key, threshold, mode, norm, is_causal, chunk_size, keep_sink, keep_recent):
-    """Which key blocks each query block of one head attends: bool [query_blocks, key_blocks]."""
+    """Which key blocks each query block of one head attends, bool [query_blocks, key_blocks], and whether no rounding
+    changes that, bool [query_blocks].
+    """
     size, (num_queries, num_keys) = chunk_size or BLOCK, (len(query), len(key))
     query, key = (np.pad(x, ((0, -len(x) % size), (0, 0))) for x in (query, key))
     diagonal, num_seen = (len(key) - len(query)) // BLOCK, len(key) if chunk_size else num_keys
     side, rows, columns = BLOCK // STRIDE, -(-num_queries // STRIDE), len(key) // STRIDE
-    weights = np.zeros((len(query) // STRIDE, columns))
+    weights, errors = np.zeros((2, len(query) // STRIDE, columns))
     for r in range(rows):
         logits = np.full(columns, -np.inf)
         for c in range(columns):
@@ -45,18 +47,27 @@ def choose_xattention(query, key, threshold, mode, norm, is_causal, chunk_size, 
                 pairs = MEETINGS[mode].items()
                 dots = [times * (query[r * STRIDE + i] @ key[c * STRIDE + j]) for (i, j), times in pairs]
                 logits[c] = sum(dots) * 8**-0.5 / STRIDE / norm
-        weights[r] = softmax(logits)
+        weights[r], errors[r] = softmax(logits, roundings=4)
+    decided = np.ones(-(-num_queries // BLOCK), bool)
     chosen = np.zeros((-(-num_queries // BLOCK), len(key) // BLOCK), bool)
     for i in range(len(chosen)):
         blocks = range(i + diagonal + 1 if is_causal else chosen.shape[1])
-        mass = [weights[i * side : (i + 1) * side, j * side : (j + 1) * side].sum() for j in blocks]
-        kept = set(top_p(mass, threshold, {0, i + diagonal} if is_causal else ()))
-        if is_causal and chunk_size and diagonal == 0 and i < chunk_size // BLOCK:
-            kept = set(top_p(mass, threshold, [i]))
+        mass, error = (
+            np.array([x[i * side : (i + 1) * side, j * side : (j + 1) * side].sum() for j in blocks])
+            for x in (weights, errors)
+        )
+        forced = {0, i + diagonal} if is_causal else set()
+        is_lagging = is_causal and chunk_size and diagonal == 0 and i < chunk_size // BLOCK
+        forced = {i} if is_lagging else forced
+        kept = set(top_p(mass, threshold, forced))
+        decided[i] = threshold == 0 or is_prefix_decided(mass, error, list(kept), threshold, forced)
+        if is_lagging:
             kept |= set(sorted(set(blocks) - kept, key=lambda j: -mass[j])[: 1 if threshold else 0])
+            place = np.arange(len(mass))
+            decided[i] &= near_ties.is_decided(np.where(place == i, np.inf, mass), error, np.isin(place, list(kept)))
         kept |= ({0} if chunk_size else set()) | ({i + diagonal} if keep_recent else set())
         chosen[i, list(blocks if keep_sink and i == 0 else kept)] = True
-    return chosen[:, : -(-num_keys // BLOCK)]
+    return chosen[:, : -(-num_keys // BLOCK)], decided
 
 
 @pytest.mark.parametrize(
@@ -76,12 +87,12 @@ def test_xattention_modes(mode, is_causal, queries, chunk_size, keep_sink, keep_
     thresholds = (0.3, 0.5, 0.7, 0.0)
     flags = {"keep_sink": keep_sink, "keep_recent": keep_recent}
     options = {"mode": mode, "is_causal": is_causal, "chunk_size": chunk_size, "norm": norm, **flags}
-    expected = np.stack(
-        [
-            [choose_xattention(query[b, :, h], key[b, :, h // 2], thresholds[h], **options) for h in range(4)]
-            for b in range(2)
-        ]
-    )
+    heads = [
+        choose_xattention(np.float64(query[b, :, h]), np.float64(key[b, :, h // 2]), thresholds[h], **options)
+        for b, h in np.ndindex(2, 4)
+    ]
+    expected, decided = (np.stack(x).reshape(2, 4, *x[0].shape) for x in zip(*heads, strict=True))
+    near_ties.most(decided)
 
     @jax.jit
     def run(query, key, value):
@@ -89,9 +100,10 @@ def test_xattention_modes(mode, is_causal, queries, chunk_size, keep_sink, keep_
         return xattention.select(query, key, **both).to_mask(), xattention.attention(query, key, value, **both)
 
     mask, output = run(query, key, value)
-    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(np.asarray(mask)[decided], expected[decided])
     seen = tokens_of(expected, queries, key.shape[1], is_causal)
-    assert_close(output, oracle.attention(query, key, value, seen), "float32")
+    rows = decided.repeat(BLOCK, 2)[:, :, :queries].swapaxes(1, 2)
+    assert_close(output, oracle.attention(query, key, value, seen), "float32", rows=rows)
 
 
 def test_xattention_bad_options_are_named():
@@ -107,23 +119,28 @@ def test_prism_without_forced_blocks(keep_first, keep_diagonal):
     sizes = {"high_size": 4, "low_size": 6, "high_threshold": 0.3, "low_threshold": 0.4, "block_size": BLOCK}
     options = {**sizes, "temperatures": (0.7, 1.3), "keep_first": keep_first, "keep_diagonal": keep_diagonal}
     blocks = -(-query.shape[1] // BLOCK)
-    expected = np.zeros((2, 4, blocks, blocks), bool)
+    expected, decided = np.zeros((2, 4, blocks, blocks), bool), np.ones((2, 4, blocks), bool)
     for b, h in np.ndindex(2, 4):
         heads = query[b, :, h].astype(np.float64), key[b, :, h // 2].astype(np.float64)
         means = [np.stack([padded_mean(x[i * BLOCK : (i + 1) * BLOCK]) for i in range(blocks)]) for x in heads]
         for features, temperature, share in (([0, 1, 4, 5], 0.7, 0.3), ([1, 2, 3, 5, 6, 7], 1.3, 0.4)):
             logits = means[0][:, features] @ means[1][:, features].T / (len(features) ** 0.5 * temperature)
             for i in range(blocks):
-                expected[b, h, i, top_p(softmax(logits[i, : i + 1]), share)] = True
+                weights, error = softmax(logits[i, : i + 1], roundings=4)
+                kept = top_p(weights, share)
+                expected[b, h, i, kept] = True
+                decided[b, h, i] &= is_prefix_decided(weights, error, kept, share)
         expected[b, h, :, 0] |= keep_first
         expected[b, h] |= np.eye(blocks, dtype=bool) & keep_diagonal
     assert not expected[..., 0].all() or keep_first
     assert not expected.diagonal(axis1=2, axis2=3).all() or keep_diagonal
     levels = jax.jit(functools.partial(prism.select, **options))(query, key)
-    np.testing.assert_array_equal(levels.to_mask(), expected)
+    near_ties.most(decided)
+    np.testing.assert_array_equal(np.asarray(levels.to_mask())[decided], expected[decided])
     output = jax.jit(functools.partial(prism.attention, **options))(query, key, value)
     seen = tokens_of(expected, query.shape[1], key.shape[1], is_causal=True)
-    assert_close(output, oracle.attention(query, key, value, seen), "float32")
+    rows = decided.repeat(BLOCK, 2)[:, :, : query.shape[1]].swapaxes(1, 2)
+    assert_close(output, oracle.attention(query, key, value, seen), "float32", rows=rows)
 
 
 @pytest.mark.parametrize(("pool", "keep_first"), [(("mean", "max"), False), (("max", "mean"), True), ("max", False)])
@@ -131,25 +148,33 @@ def test_pbs_pools_thresholds_and_the_first_block(pool, keep_first):
     query, key, _ = draw()
     thresholds, segment = (0.0, 0.3, 0.6, 1.0), 2 * BLOCK
     blocks = -(-query.shape[1] // BLOCK)
-    expected = np.zeros((2, 4, blocks, blocks), bool)
+    expected, decided = np.zeros((2, 4, blocks, blocks), bool), np.ones((2, 4, blocks), bool)
     describe = {"mean": padded_mean, "max": lambda x: np.pad(x, ((0, BLOCK - len(x)), (0, 0))).max(0)}
     pools = (pool, pool) if isinstance(pool, str) else pool
     for b, h in np.ndindex(2, 4):
         heads = query[b, :, h].astype(np.float64), key[b, :, h // 2].astype(np.float64)
-        order = order_pbs(*heads, segment)
+        order, decided[b, h] = order_pbs(*heads, segment)
         parts = [[x[i * BLOCK : (i + 1) * BLOCK] for i in range(blocks)] for x in (heads[0], heads[1][order])]
         known = [np.stack([describe[one](part) for part in x]) for one, x in zip(pools, parts, strict=True)]
         for i in range(blocks):
             own = i // 2 * 2  # first block of the segment
             expected[b, h, i, own : own + 2] = True
             if own:
-                weights = softmax(known[1][:own] @ known[0][i] * 8**-0.5)
-                expected[b, h, i, top_p(weights, thresholds[h]) or [weights.argmax()]] = True
+                weights, error = softmax(known[1][:own] @ known[0][i] * 8**-0.5)
+                kept = top_p(weights, thresholds[h])
+                expected[b, h, i, kept or [weights.argmax()]] = True
+                is_best = np.arange(own) == weights.argmax()
+                decided[b, h, i] &= (
+                    is_prefix_decided(weights, error, kept, thresholds[h])
+                    if kept
+                    else near_ties.is_decided(weights, error, is_best)
+                )
         if keep_first:
             expected[b, h, :, order.index(0) // BLOCK] = True
     options = {"block_size": BLOCK, "segment_size": segment, "pool": pool, "keep_first": keep_first}
     levels, _ = jax.jit(functools.partial(pbs_attention.select, threshold=thresholds, **options))(query, key)
-    np.testing.assert_array_equal(levels.to_mask(), expected)
+    near_ties.most(decided)
+    np.testing.assert_array_equal(np.asarray(levels.to_mask())[decided], expected[decided])
     for bad in ({"pool": ("mean", "least")}, {"threshold": (0.1, 0.2)}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             pbs_attention.select(query, key, **(options | bad))
@@ -159,7 +184,7 @@ def test_sla_without_critical_blocks_is_its_linear_part():
     query, key, value, projection, bias, _ = draw_sla()
     options = {"density": 0.09, "linear_keys": "marginal"}  # of ten blocks none
     output = jax.jit(functools.partial(sla.attention, **SIZES, **options))(query, key, value, projection, bias)
-    features = [softmax(x.astype(np.float64)) for x in (query, key.repeat(2, 2))]
+    features = [softmax(x.astype(np.float64))[0] for x in (query, key.repeat(2, 2))]
     weight = np.einsum("bthd,bshd->bhts", *features)
     linear = np.einsum("bhts,bshd->bthd", weight / weight.sum(-1, keepdims=True), value.repeat(2, 2).astype(np.float64))
     assert_close(output, linear @ projection + bias, "float32")
@@ -167,10 +192,12 @@ def test_sla_without_critical_blocks_is_its_linear_part():
 
 def test_psa_tile_size_and_least_exact_share():
     query, key, _, offsets = test_psa.draw()
-    scores = test_psa.expect_scores(query, key, offsets, 8**-0.5)
+    scores = test_psa.expect_scores(query, key, offsets, 16**-0.5)
     options = {"rule": "energy", "bounds": (0.0, 0.4, 0.6, 0.7), "tile_size": 16, "least_exact_share": 0.3}
     levels = jax.jit(functools.partial(psa.select, **test_psa.SIZES, **options))(query, key, offsets)
     size = scores.shape[-1]
+    error = 2 * (size + 2 + near_ties.EXP) * near_ties.UNIT  # of two sums of quotients of exp, as a share
+    decided, wanted = np.ones(scores.shape[:3], bool), np.zeros(scores.shape, int)
     for place in np.ndindex(scores.shape[:3]):
         ranking = np.argsort(-scores[place], kind="stable")
         share = np.cumsum(scores[place][ranking]) / scores[place].sum()
@@ -183,8 +210,14 @@ def test_psa_tile_size_and_least_exact_share():
                 end = last + -(-(end - last) // 2) * 2
                 end = end if end < size else last + (size - last) // 2 * 2
             expected[ranking[last:end]] = level
+            decided[place] &= (np.abs(share - bound - 1e-6) > error).all()
+            if 0 < end < size:
+                gap = scores[place][ranking[end - 1]] - scores[place][ranking[end]]
+                decided[place] &= gap == 0 or gap > error * scores[place].max()  # equal logits have equal weights
             last = end
-        np.testing.assert_array_equal(levels.levels[place], expected)
+        wanted[place] = expected
+    near_ties.most(decided)
+    np.testing.assert_array_equal(np.asarray(levels.levels)[decided], wanted[decided])
     with pytest.raises(ValueError, match="tile_size"):
         psa.select(query, key, offsets, **test_psa.SIZES, tile_size=128)
 
