@@ -13,9 +13,6 @@ from tests import near_ties
 # changing sign, about a hundred units of 2^-24. float64: for checks of formulas.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
-# What the gap of `oracle.route`, less all that float32 may err, must be above.
-SCORE_TOLERANCE = 0.0
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
