@@ -213,15 +213,17 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
     return decorate
 
 
-def put_on_mesh(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The array split over the named axes of the mesh of `jax.set_mesh`, one for each of its own first axes."""
-    mesh, spec = jax.sharding.get_abstract_mesh(), PartitionSpec(*axes)
-    for axis, size in zip(axes, array.shape, strict=False):
+def put_on_mesh(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The array split as spec says over the mesh of `jax.set_mesh`, where its axes are Explicit; else as it is.
+
+    Raises:
+      ValueError: the size of a mesh axis does not divide the axis that it is to split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    for axis, size in zip(spec, array.shape, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(f"mesh axis {axis!r} of size {mesh.shape[axis]} must divide the {size} it is to split")
-    if explicit_sharding(array) is not None:
-        return jax.sharding.reshard(array, spec)
-    return jax.lax.with_sharding_constraint(array, spec)
+    return array if explicit_sharding(array) is None else jax.sharding.reshard(array, spec)
 
 
 def explicit_sharding(array: jax.Array) -> NamedSharding | None:

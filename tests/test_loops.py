@@ -227,7 +227,7 @@ def shapes_and_sizes(draw):
     return case, attend, route
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(drawn=shapes_and_sizes(), seed=st.integers(0, 2**32 - 1))
 def test_moba_for_shapes_and_sizes_drawn_together(drawn, seed):
     case, attend, route = drawn
@@ -235,7 +235,7 @@ def test_moba_for_shapes_and_sizes_drawn_together(drawn, seed):
     check_moba(case, attend, route, seed)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     lengths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)),

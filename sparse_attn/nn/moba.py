@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec
 
 from sparse_attn.attention import Implementation, moba_attention
 from sparse_attn.nn import key_conv
@@ -27,10 +28,10 @@ class MoBAAttention(SelfAttention):
       top_k: blocks that a query attends, its own included, at least 1.
       is_causal: whether a token sees only tokens up to itself.
       implementation: as in `moba_attention`.
-      mesh_axes: axes of the mesh of `jax.set_mesh` over which queries, keys and values are split before attention, rows
-        and heads, for instance ("data", "model"); None in either place for none. Attention leaves arrays split as they
-        come, so this is needed only where projections would leave them otherwise. The sizes of the axes must divide the
-        batch and num_key_value_heads.
+      mesh_axes: axes of the mesh of `jax.set_mesh` over which rows and heads are split for attention, for instance
+        ("data", "model"); None in either place for none. Attention leaves arrays split as they come, so this is needed
+        only where projections would leave them otherwise, and for the TPU kernels, which then run in a `jax.shard_map`.
+        The sizes of the axes must divide the batch and num_key_value_heads.
       others: as in `SelfAttention`.
     """
 
@@ -83,22 +84,36 @@ class MoBAAttention(SelfAttention):
         segment_ids: jax.Array | None,
         seq_lengths: jax.Array | None,
     ) -> jax.Array:
-        if self.mesh_axes is not None:
-            rows, heads = self.mesh_axes
-            query, key, value = (put_on_mesh(array, (rows, None, heads)) for array in (query, key, value))
-        return moba_attention(
-            query,
-            key,
-            value,
-            block_size=self.block_size,
-            top_k=self.top_k,
-            is_causal=self.is_causal,
-            query_seq_lengths=seq_lengths,
-            key_value_seq_lengths=seq_lengths,
-            query_segment_ids=segment_ids,
-            key_value_segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
+        def attend(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            segment_ids: jax.Array | None,
+            seq_lengths: jax.Array | None,
+        ) -> jax.Array:
+            return moba_attention(
+                query,
+                key,
+                value,
+                block_size=self.block_size,
+                top_k=self.top_k,
+                is_causal=self.is_causal,
+                query_seq_lengths=seq_lengths,
+                key_value_seq_lengths=seq_lengths,
+                query_segment_ids=segment_ids,
+                key_value_segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+
+        if self.mesh_axes is None:
+            return attend(query, key, value, segment_ids, seq_lengths)
+        rows, heads = self.mesh_axes
+        each = PartitionSpec(rows, None, heads, None)
+        specs = (each, each, each, PartitionSpec(rows), PartitionSpec(rows))
+        query, key, value = (put_on_mesh(array, each) for array in (query, key, value))
+        # The outputs of Pallas kernels do not say over which axes they vary.
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
+        return attend(query, key, value, segment_ids, seq_lengths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
