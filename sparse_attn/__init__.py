@@ -1,9 +1,9 @@
 """Block-sparse attention for JAX. Arrays are [batch, sequence, heads, head_dim]; sizes are counted in tokens."""
 
 from sparse_attn import reference, theory
+from sparse_attn.attend.partial import merge_partials
 from sparse_attn.attention import block_sparse_attention, moba_attention, route_moba
 from sparse_attn.keys import causal_key_convolution
-from sparse_attn.merge import merge_partials
 from sparse_attn.selection import BlockSelection
 from sparse_attn.window import sliding_window_attention
 

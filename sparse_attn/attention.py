@@ -1,24 +1,48 @@
-"""The public functions: checks, dispatch, and MoBA as routing followed by block-sparse attention."""
+"""The public functions: checks, and MoBA as routing followed by block-sparse attention."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
-from pallas_kernels.config import MOSAIC
-from sparse_attn import reference, routing, xla
+from pallas_kernels.blocks import Arrays, Blocks, Results
+from sparse_attn.attend import derivatives
+from sparse_attn.attend.backends import Implementation, resolve
+from sparse_attn.attend.choice import Choice, PerQuery
 from sparse_attn.checks import Sequences, check_arrays, check_attention, check_positive, check_sequences
-from sparse_attn.layout import Layout, make_layout
+from sparse_attn.layout import make_blocks, order_keys, zero_padding
 from sparse_attn.loops import at_most
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import over_explicit_axes
 
-Implementation = Literal["reference", "xla", "pallas", "mosaic"]
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_ARRAYS = (
+    *("query", "key", "value", "selection", "segment_ids", "seq_lengths", "query_seq_lengths"),
+    *("key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids"),
+)
 
 
+def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorator: the function also takes arrays without a batch axis, `[tokens, heads, head_dim]`, and gives such."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if jnp.ndim(args[0] if args else kwargs["query"]) != 3:
+            return function(*args, **kwargs)
+        kwargs |= dict(zip(names, args, strict=False))
+        arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}
+        batched = jax.tree.map(lambda array: jnp.asarray(array)[None], arrays)
+        return jax.tree.map(lambda array: array[0], function(**(kwargs | batched)))
+
+    return call
+
+
+@takes_no_batch
 def moba_attention(
     query: jax.Array,
     key: jax.Array,
@@ -26,12 +50,14 @@ def moba_attention(
     *,
     block_size: int,
     top_k: int,
-    is_causal: bool = True,
+    is_causal: bool,
     scale: float | None = None,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    query_segment_ids: jax.Array | None = None,
-    key_value_segment_ids: jax.Array | None = None,
+    segment_ids: ArrayLike | None = None,
+    seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Mixture of Block Attention: each query attends the `top_k` key blocks whose mean key it matches best.
@@ -42,60 +68,67 @@ def moba_attention(
     Sources: MoBA (arXiv 2502.13189), section 2; FlashMoBA (arXiv 2511.11571), section 2.
 
     Args:
-      query: `[batch, queries, heads, head_dim]`, floating point.
+      query: `[batch, queries, heads, head_dim]`, floating point; or all arrays without the batch axis.
       key: `[batch, keys, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
-      value: shaped like key, of query's dtype.
+      value: `[batch, keys, kv_heads, value_head_dim]`, of query's dtype.
       block_size: keys in a block, at least 1. The last block of a segment may be shorter.
       top_k: blocks that a query attends, at least 1, the own block included. More than there are means all.
       is_causal: whether a query sees only keys up to its own position. Positions align at the end of a segment, where
         `jax.nn.dot_product_attention` aligns them at the start: with fewer queries than keys the last query stands at
         the last key.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
-      query_seq_lengths: int `[batch]`, real queries of each row, clipped to 0..queries; later ones are padding and give
-        zeros. None: all are real; but causal, with as many queries as keys, those of key_value_seq_lengths.
-      key_value_seq_lengths: int `[batch]`, real keys of each row.
-      query_segment_ids: int `[batch, queries]`, for packed sequences: tokens of equal id form one segment, blocks
-        restart at each, and none sees another. Given together with key_value_segment_ids.
-      key_value_segment_ids: int `[batch, keys]`.
+      segment_ids: int `[batch, sequence]`, for packed self-attention: tokens of equal id form one segment, blocks
+        restart at each, and none sees another.
+      seq_lengths: int `[batch]`, real tokens of each row of self-attention, clipped to 0..sequence; later ones are
+        padding and give zeros.
+      query_seq_lengths: seq_lengths of the queries, where they differ. None: all are real; but causal, with as many
+        queries as keys, those of key_value_seq_lengths.
+      key_value_seq_lengths: seq_lengths of the keys.
+      query_segment_ids: segment_ids of the queries, where they differ; together with key_value_segment_ids.
+      key_value_segment_ids: segment_ids of the keys.
       implementation: "reference" (dense masks; on a CPU as fast up to about 128 tokens), "xla" (sparse),
-        "pallas" (kernels), "mosaic" (kernels for Hopper GPUs, float16 and bfloat16, unverified: they have run on no GPU
-        yet), or None for the best sparse one that can do the call.
+        "pallas" (kernels for TPUs and NVIDIA GPUs), "mosaic" (kernels for Hopper GPUs), a backend of
+        `sparse_attn.attend.backends` with sizes of its own, or None for the best sparse one that can do the call.
 
     Returns:
-      Array of query's shape and dtype; zeros for a query with nothing to attend to.
+      Array `[batch, queries, heads, value_head_dim]` of query's dtype; zeros for a query with nothing to attend to.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
-      NotImplementedError: the named implementation cannot do the call.
+      NotImplementedError: the implementation cannot do the call, with its reason; where it depends on the platform,
+        when the program is compiled.
     """
     check_positive("block_size", block_size)
     check_positive("top_k", top_k)
     query, key, value = map(jnp.asarray, (query, key, value))
     scale = check_attention(query, key, value, scale)
+    given = Sequences(query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids)
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
+        query, key, given, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=is_causal
     )
-    route, attend = _resolve(implementation)
 
     def call(query: jax.Array, key: jax.Array, value: jax.Array, sequences: Sequences) -> jax.Array:
-        query, (key, value), layout = _prepare(query, (key, value), block_size, is_causal, *sequences)
-        indices = _choose(route, query, key, layout, top_k, is_causal)
-        return attend(query, key, value, indices, layout, scale=scale)[0]
+        query, (key, value), blocks = _prepare(query, (key, value), sequences, block_size, is_causal)
+        indices = _choose(query, key, blocks, top_k, is_causal, implementation)
+        return attend((query, key, value), PerQuery(indices, blocks), scale, implementation)[0].astype(query.dtype)
 
     return over_explicit_axes(call, (query, key, value, sequences), ("b.h", "b.k", "b.k", "b"), "b.h")
 
 
+@takes_no_batch
 def route_moba(
     query: jax.Array,
     key: jax.Array,
     *,
     block_size: int,
     top_k: int,
-    is_causal: bool = True,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    query_segment_ids: jax.Array | None = None,
-    key_value_segment_ids: jax.Array | None = None,
+    is_causal: bool,
+    segment_ids: ArrayLike | None = None,
+    seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     implementation: Implementation | None = None,
 ) -> BlockSelection:
     """The blocks that each query chooses in `moba_attention`, for a look at the routing or for reuse.
@@ -111,40 +144,69 @@ def route_moba(
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
-      NotImplementedError: the named implementation cannot do the call.
+      NotImplementedError: as `moba_attention`.
     """
     check_positive("block_size", block_size)
     check_positive("top_k", top_k)
     query, key = map(jnp.asarray, (query, key))
     check_arrays(query, {"key": key})
+    given = Sequences(query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids)
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
+        query, key, given, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=is_causal
     )
-    route, _ = _resolve(implementation)
 
     def call(query: jax.Array, key: jax.Array, sequences: Sequences) -> jax.Array:
-        query, (key,), layout = _prepare(query, (key,), block_size, is_causal, *sequences)
-        return _choose(route, query, key, layout, top_k, is_causal)
+        query, (key,), blocks = _prepare(query, (key,), sequences, block_size, is_causal)
+        return _choose(query, key, blocks, top_k, is_causal, implementation)
 
     indices = over_explicit_axes(call, (query, key, sequences), ("b.h", "b.k", "b"), "bh")
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, top_k - indices.shape[-1])), constant_values=-1)
     num_keys = key.shape[1]
-    num_blocks = num_keys if query_segment_ids is not None else -(-num_keys // block_size)
+    num_blocks = num_keys if sequences.query_segment_ids is not None else -(-num_keys // block_size)
     return BlockSelection(indices, block_size=block_size, num_blocks=num_blocks)
 
 
+@overload
 def block_sparse_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     selection: BlockSelection,
     *,
-    is_causal: bool = True,
+    is_causal: bool,
+    return_residual: Literal[False] = False,
+    **options: Any,
+) -> jax.Array: ...
+
+
+@overload
+def block_sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    selection: BlockSelection,
+    *,
+    is_causal: bool,
+    return_residual: Literal[True],
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+@takes_no_batch
+def block_sparse_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    selection: BlockSelection,
+    *,
+    is_causal: bool,
     scale: float | None = None,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    query_segment_ids: jax.Array | None = None,
-    key_value_segment_ids: jax.Array | None = None,
+    segment_ids: ArrayLike | None = None,
+    seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    query_segment_ids: ArrayLike | None = None,
+    key_value_segment_ids: ArrayLike | None = None,
     return_residual: bool = False,
     implementation: Implementation | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -159,12 +221,12 @@ def block_sparse_attention(
       return_residual: whether to return the log-sum-exp too, which `merge_partials` needs.
 
     Returns:
-      Array of query's shape and dtype. With return_residual, also the natural log-sum-exp of each query's logits,
-      float32 `[batch, queries, heads]`, -inf for a query with nothing to attend to.
+      Array `[batch, queries, heads, value_head_dim]` of query's dtype. With return_residual, also the natural
+      log-sum-exp of each query's logits, float32 `[batch, queries, heads]`, -inf for a query with nothing to attend to.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
-      NotImplementedError: the named implementation cannot do the call.
+      NotImplementedError: as `moba_attention`.
     """
     query, key, value, indices = map(jnp.asarray, (query, key, value, selection.indices))
     scale = check_attention(query, key, value, scale)
@@ -182,35 +244,50 @@ def block_sparse_attention(
             f"selection.indices must be integers of shape (batch, heads, queries, top_k) = ({batch}, {num_heads}, "
             f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
         )
+    given = Sequences(query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids)
     sequences = check_sequences(
-        query, key, query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids, is_causal
+        query, key, given, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=is_causal
     )
-    _, attend = _resolve(implementation)
 
-    def call(
-        query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, sequences: Sequences
-    ) -> tuple[jax.Array, jax.Array]:
-        query, (key, value), layout = _prepare(query, (key, value), block_size, is_causal, *sequences)
-        indices = _once_each(indices, _max_choices(layout))
-        return attend(query, key, value, indices, layout, scale=scale)
+    def call(query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, sequences: Sequences) -> Results:
+        query, (key, value), blocks = _prepare(query, (key, value), sequences, block_size, is_causal)
+        choice = PerQuery(_once_each(indices, blocks.max_choices), blocks)
+        output, log_sum_exp = attend((query, key, value), choice, scale, implementation)
+        return output.astype(query.dtype), log_sum_exp
 
     operands, axes = (query, key, value, indices, sequences), ("b.h", "b.k", "b.k", "bh", "b")
     output, log_sum_exp = over_explicit_axes(call, operands, axes, ("b.h", "b.h"))
     return (output, log_sum_exp) if return_residual else output
 
 
-def _max_choices(layout: Layout) -> int:
-    """The most blocks that one query can attend: those of a row without segments."""
-    return -(-layout.num_keys // layout.block_size)
+def attend(arrays: Arrays, choice: Choice, scale: float, implementation: Implementation | None = None) -> Results:
+    """Attention over a choice, for arrays in block order and checked.
+
+    Raises:
+      NotImplementedError: the implementation cannot do the call.
+    """
+    backend = resolve(implementation)
+    _raise_refusal(backend.refuses(arrays, choice))
+    return derivatives.attend(backend, arrays, choice, scale)
 
 
 def _choose(
-    route: Callable[..., jax.Array], query: jax.Array, key: jax.Array, layout: Layout, top_k: int, is_causal: bool
+    query: jax.Array,
+    key: jax.Array,
+    blocks: Blocks,
+    top_k: int,
+    is_causal: bool,
+    implementation: Implementation | None,
 ) -> jax.Array:
-    """The router's choice without a gradient, int32 `[batch, heads, queries, top_k or fewer]`."""
-    query, key = jax.lax.stop_gradient((query, key))
-    indices = route(query, key, layout, top_k=at_most(top_k, _max_choices(layout)), is_causal=is_causal)
-    return checkpoint_name(indices, "block_selection")
+    """The router's choice, int32 `[batch, heads, queries, top_k or fewer]`."""
+    backend, top_k = resolve(implementation), at_most(top_k, blocks.max_choices)
+    _raise_refusal(backend.refuses_route(query, key, top_k))
+    return derivatives.route(backend, query, key, blocks, top_k=top_k, is_causal=is_causal)
+
+
+def _raise_refusal(reason: str | None) -> None:
+    if reason is not None:
+        raise NotImplementedError(f"{reason}; implementation='xla' does every call")
 
 
 def _once_each(indices: jax.Array, most: int) -> jax.Array:
@@ -221,73 +298,12 @@ def _once_each(indices: jax.Array, most: int) -> jax.Array:
     return indices if indices.shape[-1] <= most else -jnp.sort(-indices, axis=-1)[..., :most]
 
 
-def _resolve(
-    implementation: Implementation | None,
-) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]]]:
-    """The functions that route and attend."""
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(f"implementation must be None or one of {get_args(Implementation)}, got {implementation!r}")
-    platform = jax.default_backend()
-    kernels = {"pallas": ("gpu", "tpu"), "mosaic": ("gpu",)}
-    if implementation in kernels and platform not in kernels[implementation]:
-        raise NotImplementedError(f"{implementation=} has no kernels for {platform}; use 'xla'")
-    if implementation == "reference":
-        return reference.route, reference.attend
-    # The GPU kernels have run on no GPU yet: they are taken by name only.
-    if implementation == "xla" or (implementation is None and platform != "tpu"):
-        return routing.route, xla.attend
-    from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
-
-    if implementation == "pallas":
-        return pallas.route, pallas.attend
-    if implementation == "mosaic":
-        return pallas.route, functools.partial(pallas.attend, config=MOSAIC)
-    return _first_supported(pallas.route, routing.route), _first_supported(pallas.attend, xla.attend)
-
-
-def _first_supported(preferred: Callable[..., Any], fallback: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that takes the fallback for calls that the preferred one cannot do."""
-
-    def call(*args: Any, **options: Any) -> Any:
-        try:
-            return preferred(*args, **options)
-        except NotImplementedError:
-            return fallback(*args, **options)
-
-    return call
-
-
 def _prepare(
-    query: jax.Array,
-    key_values: tuple[jax.Array, ...],
-    block_size: int,
-    is_causal: bool,
-    query_seq_lengths: jax.Array | None,
-    key_value_seq_lengths: jax.Array | None,
-    query_segment_ids: jax.Array | None,
-    key_value_segment_ids: jax.Array | None,
-) -> tuple[jax.Array, tuple[jax.Array, ...], Layout]:
+    query: jax.Array, key_values: tuple[jax.Array, ...], sequences: Sequences, block_size: int, is_causal: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...], Blocks]:
     """Empties the padding (S7), lays out the batch and puts the keys in block order."""
-    num_queries, num_keys = query.shape[1], key_values[0].shape[1]
-    layout = make_layout(
-        num_queries,
-        num_keys,
-        batch_size=query.shape[0],
-        block_size=at_most(block_size, num_keys),
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-    )
-    query = _zero_padding(query, query_seq_lengths)
-    key_values = tuple(layout.order_keys(_zero_padding(array, key_value_seq_lengths)) for array in key_values)
-    return query, key_values, layout
-
-
-def _zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
-    """Zeros behind the real tokens of `[batch, sequence, heads, head_dim]`, so that NaN there cannot spread."""
-    if seq_lengths is None:
-        return array
-    is_real = jnp.arange(array.shape[1])[None, :] < seq_lengths[:, None]  # [batch, sequence]
-    return jnp.where(is_real[..., None, None], array, 0)
+    block_size = at_most(block_size, key_values[0].shape[1])
+    blocks, key_order = make_blocks(query, key_values[0], sequences, block_size=block_size, is_causal=is_causal)
+    query = zero_padding(query, sequences.query_seq_lengths)
+    lengths = sequences.key_value_seq_lengths
+    return query, tuple(order_keys(zero_padding(array, lengths), key_order) for array in key_values), blocks

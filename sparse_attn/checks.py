@@ -27,10 +27,13 @@ def check_not_negative(name: str, number: int) -> None:
 class Sequences(NamedTuple):
     """The sequence arguments of a call, as far as they are given."""
 
-    query_seq_lengths: jax.Array | None  # [batch]
-    key_value_seq_lengths: jax.Array | None  # [batch]
-    query_segment_ids: jax.Array | None  # [batch, queries]
-    key_value_segment_ids: jax.Array | None  # [batch, keys]
+    query_seq_lengths: jax.Array | None = None  # [batch]
+    key_value_seq_lengths: jax.Array | None = None  # [batch]
+    query_segment_ids: jax.Array | None = None  # [batch, queries]
+    key_value_segment_ids: jax.Array | None = None  # [batch, keys]
+
+
+WHOLE_ROWS = Sequences()
 
 
 def check_integers(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
@@ -54,26 +57,51 @@ def check_integers(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -
 def check_sequences(
     query: jax.Array,
     key: jax.Array,
-    query_seq_lengths: ArrayLike | None,
-    key_value_seq_lengths: ArrayLike | None,
-    query_segment_ids: ArrayLike | None,
-    key_value_segment_ids: ArrayLike | None,
+    given: Sequences,
+    *,
+    segment_ids: ArrayLike | None,
+    seq_lengths: ArrayLike | None,
     is_causal: bool,
 ) -> Sequences:
-    """The sequence arguments of a call as arrays; S5 says when key lengths alone are those of the queries too."""
-    if (query_segment_ids is None) != (key_value_segment_ids is None):
-        missing = "query_segment_ids" if query_segment_ids is None else "key_value_segment_ids"
-        raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
+    """The sequence arguments of a call as arrays; S5 says when key lengths alone are those of the queries too.
+
+    Args:
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`.
+      given: those that tell queries from keys.
+      segment_ids: `[batch, sequence]`, those of self-attention, instead of both.
+      seq_lengths: `[batch]`, likewise.
+      is_causal: as given to the call.
+    """
     (batch, num_queries), num_keys = query.shape[:2], key.shape[1]
-    key_lengths = check_integers("key_value_seq_lengths", key_value_seq_lengths, (batch,))
-    query_lengths = check_integers("query_seq_lengths", query_seq_lengths, (batch,))
+    for name, alone, sides in (("segment_ids", segment_ids, given[2:]), ("seq_lengths", seq_lengths, given[:2])):
+        if alone is None:
+            continue
+        if sides != (None, None):
+            raise ValueError(f"{name} must be given alone, or query_{name} and key_value_{name}")
+        if num_queries != num_keys:
+            raise ValueError(
+                f"{name} are those of self-attention, got {num_queries} queries and {num_keys} keys: give "
+                f"query_{name} and key_value_{name}"
+            )
+    if segment_ids is not None:
+        given = given._replace(query_segment_ids=segment_ids, key_value_segment_ids=segment_ids)
+    if seq_lengths is not None:
+        given = given._replace(query_seq_lengths=seq_lengths, key_value_seq_lengths=seq_lengths)
+    if (given.query_segment_ids is None) != (given.key_value_segment_ids is None):
+        missing = "query_segment_ids" if given.query_segment_ids is None else "key_value_segment_ids"
+        raise ValueError(f"{missing} is None: give query_segment_ids and key_value_segment_ids together, or neither")
+    own = "seq_lengths" if seq_lengths is not None else None
+    query_lengths = check_integers(own or "query_seq_lengths", given.query_seq_lengths, (batch,))
+    key_lengths = check_integers(own or "key_value_seq_lengths", given.key_value_seq_lengths, (batch,))
     if query_lengths is None and is_causal and num_queries == num_keys:
         query_lengths = key_lengths
+    own = "segment_ids" if segment_ids is not None else None
     return Sequences(
         query_lengths,
         key_lengths,
-        check_integers("query_segment_ids", query_segment_ids, (batch, num_queries)),
-        check_integers("key_value_segment_ids", key_value_segment_ids, (batch, num_keys)),
+        check_integers(own or "query_segment_ids", given.query_segment_ids, (batch, num_queries)),
+        check_integers(own or "key_value_segment_ids", given.key_value_segment_ids, (batch, num_keys)),
     )
 
 
@@ -91,9 +119,11 @@ def check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
             raise ValueError(f"{name} must be [batch, keys, kv_heads, head_dim], got {name}.shape={array.shape}")
         if array.dtype != query.dtype:
             raise ValueError(f"{name} must have query's dtype {query.dtype}, got {name}.dtype={array.dtype}")
-        if 0 in array.shape or array.shape[0] != batch or array.shape[3] != head_dim or num_heads % array.shape[2]:
+        own_size = name != "value" and array.shape[3] != head_dim
+        if 0 in array.shape or array.shape[0] != batch or own_size or num_heads % array.shape[2]:
+            size = "value_head_dim" if name == "value" else head_dim
             raise ValueError(
-                f"{name} must be [{batch}, keys, kv_heads, {head_dim}] with keys at least 1 and kv_heads a divisor of "
+                f"{name} must be [{batch}, keys, kv_heads, {size}] with keys at least 1 and kv_heads a divisor of "
                 f"query's {num_heads} heads, got {name}.shape={array.shape}"
             )
 
@@ -101,11 +131,18 @@ def check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
 def check_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None) -> float:
     """The arrays of one attention call and its scale. Returns the factor of the logits: 1 / sqrt(head_dim) for None."""
     check_arrays(query, {"key": key, "value": value})
-    if value.shape != key.shape:
-        raise ValueError(f"value must be shaped like key {key.shape}, got value.shape={value.shape}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must be shaped like key {key.shape}, its head_dim aside, got value.shape={value.shape}"
+        )
+    check_scale(scale)
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def check_scale(scale: float | None) -> None:
+    """The factor of the logits, where one is given."""
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale must be None or a finite Python number, got scale={scale!r}")
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def check_self_attention(query: jax.Array, key: jax.Array) -> None:

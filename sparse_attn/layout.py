@@ -1,95 +1,37 @@
-"""Tokens to blocks: where every block lies among the keys, and which keys every query may see.
+"""Makes the geometry of a call: where every block lies among the keys, and which keys every query may see.
 
 Keys are put in *block order*: grouped by segment, in sequence order inside a segment, padding last. A block is then a
 run of at most `block_size` consecutive keys, blocks restart at every segment, and everything that a query may see is
 one interval of keys. Contiguous sequences, ragged tails, padded batches and packed segments differ only in the numbers.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Blocks of keys and the reach of queries, per batch row. All arrays int32.
-
-    Attributes:
-      key_order: `[batch, keys]`, original index of the key at each place in block order; None if they are in order.
-      block_start: `[batch, blocks]`, place of a block's first key.
-      block_length: `[batch, blocks]`, keys in the block, 0 where there is no such block.
-      key_start: `[batch, queries]`, place of the first key that the query may see.
-      key_stop: `[batch, queries]`, one past the last; equal to key_start for a query with nothing to attend to.
-      first_block: `[batch, queries]`, the block that holds key_start.
-      last_block: `[batch, queries]`, the block that holds key_stop - 1 (causal: the query's own block);
-        first_block - 1 for a query with nothing to attend to.
-      block_size: keys in a full block.
-      num_keys: keys in a batch row, padding included.
-    """
-
-    key_order: jax.Array | None
-    block_start: jax.Array
-    block_length: jax.Array
-    key_start: jax.Array
-    key_stop: jax.Array
-    first_block: jax.Array
-    last_block: jax.Array
-    block_size: int = dataclasses.field(metadata={"static": True})
-    num_keys: int = dataclasses.field(metadata={"static": True})
-
-    @property
-    def num_blocks(self) -> int:
-        """Upper bound of the number of blocks in a batch row."""
-        return self.block_start.shape[1]
-
-    def order_keys(self, keys: jax.Array) -> jax.Array:
-        """Puts keys or values `[batch, keys, heads, head_dim]` in block order."""
-        if self.key_order is None:
-            return keys
-        return jnp.take_along_axis(keys, self.key_order[:, :, None, None], axis=1)
-
-    def block_of_key(self) -> jax.Array:
-        """Block of every place in block order, int32 `[batch, keys]`; padding counts to the last block before it.
-
-        Example: blocks of 2 keys over segments of 3 and 2 keys: `[0, 0, 1, 2, 2]`.
-        """
-        place = jnp.arange(self.num_keys, dtype=jnp.int32)
-        if self.key_order is None:
-            return jnp.broadcast_to(place // self.block_size, (self.block_start.shape[0], self.num_keys))
-        find = jax.vmap(lambda start: jnp.searchsorted(start, place, side="right"))
-        return find(self.block_start).astype(jnp.int32) - 1
+from pallas_kernels.blocks import NOWHERE, Blocks
+from sparse_attn.checks import WHOLE_ROWS, Sequences
 
 
-def make_layout(
-    num_queries: int,
-    num_keys: int,
-    *,
-    batch_size: int,
-    block_size: int,
-    is_causal: bool,
-    query_seq_lengths: jax.Array | None = None,
-    key_value_seq_lengths: jax.Array | None = None,
-    query_segment_ids: jax.Array | None = None,
-    key_value_segment_ids: jax.Array | None = None,
-) -> Layout:
-    """Lays out a batch.
+def make_blocks(
+    query: jax.Array, key: jax.Array, sequences: Sequences = WHOLE_ROWS, *, block_size: int, is_causal: bool
+) -> tuple[Blocks, jax.Array | None]:
+    """Lays out a batch. Only the shapes of query and key count.
 
     With n_q queries and n_k keys in a segment, the query of rank r (from 0) stands at the key of rank r + n_k - n_q:
     causal positions align at the end (S5). It may see the keys up to there if causal, else all n_k.
 
     Args:
-      num_queries: queries in a batch row, padding included.
-      num_keys: keys in a batch row, padding included.
-      batch_size: rows.
+      query: `[batch, queries, heads, head_dim]`.
+      key: `[batch, keys, kv_heads, head_dim]`.
+      sequences: lengths of rows and ids of segments. By default a row is one whole sequence.
       block_size: keys in a block.
       is_causal: whether a query sees only keys up to its own position.
-      query_seq_lengths: int `[batch]`, real queries in a row; the rest is padding. None: all are real.
-      key_value_seq_lengths: int `[batch]`, the same for keys.
-      query_segment_ids: int `[batch, queries]`. Tokens of equal id form one segment. None: the row is one segment.
-      key_value_segment_ids: int `[batch, keys]`, the same for keys.
+
+    Returns:
+      The blocks, and the original index of the key at each place, int32 `[batch, keys]`; None if they are in order.
     """
+    (batch_size, num_queries), num_keys = query.shape[:2], key.shape[1]
+    query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids = sequences
     query_lengths = _lengths(query_seq_lengths, batch_size, num_queries)
     key_lengths = _lengths(key_value_seq_lengths, batch_size, num_keys)
     if query_segment_ids is None:
@@ -110,17 +52,39 @@ def make_layout(
     visible = rank + 1 + segment_keys - segment_queries if is_causal else jnp.broadcast_to(segment_keys, rank.shape)
     is_real = jnp.arange(num_queries)[None, :] < query_lengths[:, None]  # [batch, queries]
     visible = jnp.where(is_real, jnp.maximum(visible, 0), 0)
-    return Layout(
-        key_order=key_order,
+    blocks = Blocks(
+        start=key_start,
+        stop=key_start + visible,
+        position=None,
         block_start=block_start,
         block_length=block_length,
-        key_start=key_start,
-        key_stop=key_start + visible,
         first_block=first_block,
         last_block=first_block + (visible - 1) // block_size,
         block_size=block_size,
         num_keys=num_keys,
+        is_packed=key_order is not None,
     )
+    return blocks, key_order
+
+
+def whole_rows(query: jax.Array, key: jax.Array, *, block_size: int, is_causal: bool) -> Blocks:
+    """The blocks of rows that are one whole sequence each; arguments as of `make_blocks`."""
+    return make_blocks(query, key, block_size=block_size, is_causal=is_causal)[0]
+
+
+def order_keys(array: jax.Array, key_order: jax.Array | None) -> jax.Array:
+    """Keys or values `[batch, keys, heads, head_dim]` in block order."""
+    if key_order is None:
+        return array
+    return jnp.take_along_axis(array, key_order[:, :, None, None], axis=1)
+
+
+def zero_padding(array: jax.Array, seq_lengths: jax.Array | None) -> jax.Array:
+    """Zeros behind the real tokens of `[batch, sequence, heads, head_dim]`, so that NaN there cannot spread."""
+    if seq_lengths is None:
+        return array
+    is_real = jnp.arange(array.shape[1])[None, :] < seq_lengths[:, None]  # [batch, sequence]
+    return jnp.where(is_real[..., None, None], array, 0)
 
 
 def _lengths(seq_lengths: jax.Array | None, batch_size: int, num_tokens: int) -> jax.Array:
@@ -188,3 +152,26 @@ def _segment_row(
         key_start,
         first_block,
     )
+
+
+def visible_tiles(blocks: Blocks, query_block_size: int) -> jax.Array:
+    """Pairs of query tile and key block in which some query may see some key, judged by the ends of their positions.
+
+    bool `[batch, kv_heads or 1, query_blocks, key_blocks]`, for rows without segments. Exact where the positions of a
+    key block and those that its queries see have no gaps; otherwise it may count a pair too many, never one too few.
+    """
+    start, stop, position = blocks.start, blocks.stop, blocks.key_position()
+
+    def ends(array: jax.Array, is_there: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
+        """Least and largest number of each block, `[batch, tokens, x]` -> `[batch, blocks, x]`."""
+        fill = ((0, 0), (0, -array.shape[1] % block_size), (0, 0))
+        is_there = jnp.pad(is_there, fill).reshape(array.shape[0], -1, block_size, array.shape[2])
+        array = jnp.pad(array, fill).reshape(is_there.shape)
+        return jnp.where(is_there, array, NOWHERE).min(2), jnp.where(is_there, array, -1).max(2)
+
+    is_seeing = (start < stop)[..., None]  # [batch, queries, 1]
+    first, _ = ends(start[..., None], is_seeing, query_block_size)  # [batch, query_blocks, 1]
+    _, last = ends(stop[..., None] - 1, is_seeing, query_block_size)
+    nearest, farthest = ends(position, position < NOWHERE, blocks.block_size)  # [batch, key_blocks, kv_heads or 1]
+    nearest, farthest = (array.swapaxes(1, 2)[:, :, None, :] for array in (nearest, farthest))
+    return (nearest <= last[:, None]) & (first[:, None] <= farthest)

@@ -5,10 +5,6 @@ from typing import Any
 
 import jax
 
-# Elements of a step's largest array. On a CPU a step should stay near the cache, elsewhere it should fill the machine.
-_ELEMENTS_PER_STEP = {"cpu": 2**20}
-_ELEMENTS_PER_STEP_ELSEWHERE = 2**26
-
 
 def at_most(size: int, bound: int) -> int:
     """min(size, bound), or size where bound is symbolic (`jax.export.symbolic_shape`) and may be either."""
@@ -20,18 +16,16 @@ def at_least(size: int, bound: int) -> int:
     return max(size, bound) if isinstance(bound, int) else size
 
 
-def heads_per_step(num_heads: int, elements_per_head: int, elements: int | None = None) -> int:
+def heads_per_step(num_heads: int, elements_per_head: int, elements: int) -> int:
     """How many heads to take at a time.
 
     Args:
       num_heads: how many there are; if symbolic, they are taken one by one.
       elements_per_head: of a head's largest array.
-      elements: of a step's largest array. None: what suits the platform.
+      elements: of a step's largest array.
     """
     if not isinstance(num_heads, int) or not isinstance(elements_per_head, int):
         return 1
-    if elements is None:
-        elements = _ELEMENTS_PER_STEP.get(jax.default_backend(), _ELEMENTS_PER_STEP_ELSEWHERE)
     return max(1, min(num_heads, elements // elements_per_head))
 
 

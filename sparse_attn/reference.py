@@ -26,33 +26,34 @@ d head_dim.
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.layout import Layout
+from pallas_kernels.blocks import Blocks
+from sparse_attn.attend.choice import PerQuery
 
 
-def block_means(key: jax.Array, layout: Layout) -> jax.Array:
+def block_means(key: jax.Array, blocks: Blocks) -> jax.Array:
     """Mean key of every block (S3, S6).
 
     Args:
       key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
-      layout: geometry of the batch.
+      blocks: geometry of the batch.
 
     Returns:
       float32 `[batch, blocks, kv_heads, head_dim]`; zero for a block that does not exist.
     """
     key = key.astype(jnp.promote_types(key.dtype, jnp.float32))
-    block = jnp.arange(layout.num_blocks)[None, :, None]
-    is_member = layout.block_of_key()[:, None, :] == block  # [batch, blocks, keys]
+    block = jnp.arange(blocks.num_blocks)[None, :, None]
+    is_member = blocks.block_of_key()[:, None, :] == block  # [batch, blocks, keys]
     total = jnp.einsum("bns,bskd->bnkd", is_member.astype(key.dtype), key, precision="highest")
-    return total / jnp.maximum(layout.block_length, 1)[..., None, None]
+    return total / jnp.maximum(blocks.block_length, 1)[..., None, None]
 
 
-def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_causal: bool) -> jax.Array:
+def route(query: jax.Array, key: jax.Array, blocks: Blocks, *, top_k: int, is_causal: bool) -> jax.Array:
     """Which blocks each query chooses (S2 to S4).
 
     Args:
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
-      layout: geometry of the batch.
+      blocks: geometry of the batch.
       top_k: blocks a query may choose, at most the number of blocks where that is known.
       is_causal: whether the own block is forced.
 
@@ -60,25 +61,25 @@ def route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_ca
       int32 `[batch, heads, queries, top_k]`: the own block first (causal), then by falling score; -1 for none.
     """
     batch, num_queries, num_heads, head_dim = query.shape
-    means = block_means(key, layout)
+    means = block_means(key, blocks)
     query = query.reshape(batch, num_queries, key.shape[2], -1, head_dim).astype(means.dtype)
     scores = jnp.einsum("btkgd,bnkd->bkgtn", query, means, precision="highest")
-    scores = scores.reshape(batch, num_heads, num_queries, layout.num_blocks)
-    block = jnp.arange(layout.num_blocks)[None, None, :]
-    first, last = layout.first_block[..., None], layout.last_block[..., None]  # [batch, queries, 1]
+    scores = scores.reshape(batch, num_heads, num_queries, blocks.num_blocks)
+    block = jnp.arange(blocks.num_blocks)[None, None, :]
+    first, last = blocks.first_block[..., None], blocks.last_block[..., None]  # [batch, queries, 1]
     is_visible = (first <= block) & (block <= last)  # [batch, queries, blocks]
     scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
     if is_causal:
         scores = jnp.where((is_visible & (block == last))[:, None], jnp.inf, scores)
     scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
-    if not isinstance(layout.num_blocks, int):  # of symbolic size: there may be fewer than top_k
+    if not isinstance(blocks.num_blocks, int):  # of symbolic size: there may be fewer than top_k
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, top_k)), constant_values=-jnp.inf)
     best, indices = jax.lax.top_k(scores, top_k)  # stable: the lower index wins a tie
     return jnp.where(best == -jnp.inf, -1, indices)
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, layout: Layout, *, scale: float
+    query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, blocks: Blocks, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over the keys of the chosen blocks that a query may see: softmax(scale q k + mask) v.
 
@@ -87,18 +88,14 @@ def attend(
       key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
       value: shaped like key.
       indices: int32 `[batch, heads, queries, top_k]`, the chosen blocks, -1 for none.
-      layout: geometry of the batch.
+      blocks: geometry of the batch.
       scale: factor of the logits.
 
     Returns:
       Output like query, and the log-sum-exp of the logits, float32 `[batch, queries, heads]`, -inf for none.
     """
-    block = jnp.arange(layout.num_blocks).reshape(1, 1, 1, 1, -1)
-    is_chosen = (indices[..., None] == block).any(-2)  # [batch, heads, queries, blocks]
-    is_chosen = jnp.take_along_axis(is_chosen, layout.block_of_key()[:, None, None, :], axis=-1)  # [.., queries, keys]
-    place = jnp.arange(layout.num_keys)[None, None, :]
-    is_seen = (layout.key_start[..., None] <= place) & (place < layout.key_stop[..., None])  # [batch, queries, keys]
-    output, log_sum_exp = masked_attention(query, key, value, is_chosen & is_seen[:, None], scale=scale)
+    mask = PerQuery(indices, blocks).mask()
+    output, log_sum_exp = masked_attention(query, key, value, mask, scale=scale)
     return output.astype(query.dtype), log_sum_exp
 
 
@@ -116,13 +113,14 @@ def masked_attention(
     Args:
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]`.
-      value: shaped like key.
+      value: `[batch, keys, kv_heads, value_head_dim]`.
       mask: bool `[batch, heads, queries, keys]`.
       scale: factor of the logits.
       key_log_weight: float32 `[batch, keys, kv_heads]`, added to the logits.
 
     Returns:
-      Output `[batch, queries, heads, head_dim]` and log-sum-exp of the logits `[batch, queries, heads]`, -inf for none;
+      Output `[batch, queries, heads, value_head_dim]` and log-sum-exp of the logits `[batch, queries, heads]`, -inf for
+      none;
       both float32 (float64 for float64).
     """
     batch, num_queries, num_heads, head_dim = query.shape
@@ -141,4 +139,4 @@ def masked_attention(
     probability = (weight / total).reshape(batch, kv_heads, num_heads // kv_heads, num_queries, num_keys)
     output = jnp.einsum("bkgts,bskd->btkgd", probability, value.astype(accumulator))
     log_sum_exp = jnp.where(is_empty, -jnp.inf, jnp.log(total) + largest)[..., 0]  # [batch, heads, queries]
-    return output.reshape(query.shape), log_sum_exp.swapaxes(1, 2)
+    return output.reshape(*query.shape[:3], -1), log_sum_exp.swapaxes(1, 2)

@@ -43,11 +43,14 @@ class LevelMap:
         approximation of some kind, is the system's own.
       query_block_size: queries in a block.
       key_block_size: keys in a block.
+      key_order: int32 `[batch, heads, keys]`, the original index of the key at each place, where keys are put in
+        another order before they are cut into blocks; None: as they stand.
     """
 
     levels: jax.Array
     query_block_size: int = dataclasses.field(metadata={"static": True})
     key_block_size: int = dataclasses.field(metadata={"static": True})
+    key_order: jax.Array | None = None
 
     def to_mask(self) -> jax.Array:
         """The pairs of blocks that are attended exactly: bool `[batch, heads, query_blocks, key_blocks]`."""

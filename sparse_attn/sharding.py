@@ -172,30 +172,29 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
     return call(*map(reshard, leaves, words))
 
 
-def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, Any]], str] = "", **axes: Any) -> Any:
-    """Decorator: the function runs on arrays that Explicit mesh axes split, through `over_explicit_axes`.
+def splits_over_mesh(out_axes: Any = "b.h", *, whole: Callable[[Any], str] = lambda self: "", **axes: Any) -> Any:
+    """Decorator: the method runs on arrays that Explicit mesh axes split, through `over_explicit_axes`.
 
     Args:
       out_axes: the axes of its results as words, a pytree that is a prefix of them.
-      whole: letters of axes that no device may have a part of, since rows or heads are not independent; or a function
-        from the arguments given by name to such letters.
+      whole: from self, letters of axes that no device may have a part of, since rows or heads are not independent.
       axes: of each argument that holds arrays, as words; query, key and value are known.
     """
     axes = {"query": "b.h", "key": "b.k", "value": "b.k"} | axes
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(function)
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(method)
 
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             mesh = jax.sharding.get_abstract_mesh()
             if AxisType.Explicit not in mesh.axis_types:
                 with own_promotion():
-                    return function(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
+                    return method(self, *args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
             names = [name for name in bound.arguments if name in axes]
             operands = tuple(bound.arguments[name] for name in names)
-            letters = whole(kwargs) if callable(whole) else whole
+            letters = whole(self)
             letters += "hk" if "h" in letters else ""
             cut = str.maketrans(letters, "." * len(letters))
             in_axes, results = jax.tree.map(
@@ -204,7 +203,7 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
 
             def call_locally(*operands: Any) -> Any:
                 bound.arguments.update(zip(names, operands, strict=True))
-                return function(*bound.args, **bound.kwargs)
+                return method(*bound.args, **bound.kwargs)
 
             return over_explicit_axes(call_locally, operands, in_axes, results)
 

@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
@@ -59,33 +60,25 @@ from pallas_kernels.gpu.tiles import (
     NT,
     TN,
     ceil_div,
-    check_supported,
     divide,
     load_numbers,
     load_rows,
     loop,
     padded_head_dim,
     product,
+    refuses,
     store_rows,
 )
 from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
-    output: jax.Array,
-    log_sum_exp: jax.Array,
-    d_output: jax.Array,
-    d_log_sum_exp: jax.Array,
+    blocks: Blocks,
+    results: Results,
+    cotangents: Results,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: TritonConfig | None = None,
     interpret: bool = False,
@@ -93,11 +86,9 @@ def attend_backward(
     """Gradients of `attend_forward` for query, key and value. Has not run on a GPU yet.
 
     Args:
-      query, key, value, indices, and what is named: as there.
-      output: what `attend_forward` gave, `[batch, queries, heads, head_dim]`.
-      log_sum_exp: what it gave, float32 `[batch, queries, heads]`.
-      d_output: gradient of the output, like it.
-      d_log_sum_exp: gradient of the log-sum-exp, like it.
+      arrays, indices, blocks, scale, config, interpret: as given to `attend_forward`.
+      results: what it gave.
+      cotangents: the gradients of these.
 
     Returns:
       Gradients of query, key and value, like them. Zero for a query without blocks.
@@ -105,16 +96,17 @@ def attend_backward(
     Raises:
       NotImplementedError: as `attend_forward`.
     """
-    del is_packed
-    check_supported(query)
-    config = config or tuned(query.shape[-1], block_size, indices.shape[-1])
+    (query, key, value), (output, log_sum_exp), (d_output, d_log_sum_exp) = arrays, results, cotangents
+    if (reason := refuses(query)) is not None:
+        raise NotImplementedError(reason)
+    config = config or tuned(query.shape[-1], blocks.block_size, indices.shape[-1])
     config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,
         key,
         indices,
-        num_blocks=block_start.shape[1],
-        block_size=block_size,
+        num_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
         scale=scale,
         tile_size=config.backward_tile_size,
         arrays=4,
@@ -122,7 +114,7 @@ def attend_backward(
     )
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)  # [batch, queries, heads]
-    numbers = block_start.reshape(-1), block_length.reshape(-1), key_stop.reshape(-1)
+    numbers = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1), blocks.stop.reshape(-1)
     rows = (
         query.reshape(-1, plan.head_dim),
         d_output.astype(query.dtype).reshape(-1, plan.head_dim),

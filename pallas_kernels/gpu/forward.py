@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
@@ -52,12 +53,12 @@ from pallas_kernels.gpu.tiles import (
     NT,
     OUT_OF_SIGHT,
     ceil_div,
-    check_supported,
     load_numbers,
     load_rows,
     loop,
     padded_head_dim,
     product,
+    refuses,
     store_numbers,
     store_rows,
 )
@@ -65,36 +66,24 @@ from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: TritonConfig | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over the blocks it chose: softmax(scale q k^T) v.
 
-    A query sees the keys of its blocks that stand before its key_stop. Partial outputs are kept in query's dtype, all
+    A query sees the keys of its blocks that stand before `blocks.stop`. Partial outputs are kept in query's dtype, all
     else is float32. Source: FlashMoBA (arXiv 2511.11571), section 4. Has not run on a GPU yet.
 
     Args:
-      query: float32, bfloat16 or float16 `[batch, queries, heads, head_dim]`, head_dim up to 256.
-      key: `[batch, keys, kv_heads, head_dim]` of query's dtype, in block order; heads is a multiple of kv_heads.
-      value: like key.
+      arrays: query, float32, bfloat16 or float16, head_dim up to 256; key and value, of its dtype, in block order.
       indices: int32 `[batch, heads, queries, top_k]`, ids of blocks, none twice in a list; -1 for none. Every block
         listed has a key that the query sees.
-      block_start: int32 `[batch, blocks]`, place of a block's first key.
-      block_length: int32 `[batch, blocks]`, keys in the block, at most block_size.
-      key_stop: int32 `[batch, queries]`, one past the last key that the query sees.
-      block_size: keys in a full block.
-      is_packed: taken for the sake of one signature for all backends; blocks may start anywhere.
+      blocks: the geometry of the call.
       scale: factor of the logits.
       config: sizes inside the kernels; None for those of the table (`tuning`).
       interpret: whether to run on a CPU, interpreted.
@@ -106,21 +95,9 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
-    config = config or tuned(query.shape[-1], block_size, indices.shape[-1])
-    plan, attend = attend_chunks(
-        query,
-        key,
-        value,
-        indices,
-        block_start=block_start,
-        block_length=block_length,
-        key_stop=key_stop,
-        block_size=block_size,
-        is_packed=is_packed,
-        scale=scale,
-        config=config,
-        interpret=interpret,
-    )
+    query = arrays[0]
+    config = config or tuned(query.shape[-1], blocks.block_size, indices.shape[-1])
+    plan, attend = attend_chunks(arrays, indices, blocks, scale=scale, config=config, interpret=interpret)
     config = config.for_rows(plan.columns, query.dtype.itemsize)
 
     def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -133,16 +110,10 @@ def attend_forward(
 
 
 def attend_chunks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: TritonConfig,
     interpret: bool = False,
@@ -153,22 +124,23 @@ def attend_chunks(
       The plan, and a function from a chunk to partial outputs `[chunk_heads * chunk_pairs, head_dim]` and their log2 of
       the sum of exp2 `[chunk_heads * chunk_pairs]`. Entries of no pair hold anything.
     """
-    del is_packed
-    check_supported(query)
+    query, key, value = arrays
+    if (reason := refuses(query)) is not None:
+        raise NotImplementedError(reason)
     config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,
         key,
         indices,
-        num_blocks=block_start.shape[1],
-        block_size=block_size,
+        num_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
         scale=scale,
         tile_size=config.tile_size,
         arrays=2,
         config=config,
     )
     rows, keys, values = (array.reshape(-1, plan.head_dim) for array in (query, key, value))
-    numbers = block_start.reshape(-1), block_length.reshape(-1), key_stop.reshape(-1)
+    numbers = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1), blocks.stop.reshape(-1)
     return plan, lambda chunk: _attend(chunk, *numbers, rows, keys, values, plan, config, interpret)
 
 

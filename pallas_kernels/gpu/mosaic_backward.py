@@ -41,6 +41,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig
 from pallas_kernels.gpu.backward import add_up
 from pallas_kernels.gpu.chunks import Chunk, Plan, find_block, find_tiles, for_chunks, make_plan
@@ -48,21 +49,20 @@ from pallas_kernels.gpu.mosaic_tiles import (
     BY_COLUMN,
     ROWS,
     SWIZZLED,
-    Blocks,
     add_product,
     anew,
-    check_supported,
     close_copies,
     copy_block,
     copy_listed_rows,
     cut_blocks,
+    key_size,
     list_slots,
     load_numbers,
     pad_head_dim,
     product,
     ranks,
+    refuses,
     share_out,
-    warn_unverified,
     write_block,
     write_rows,
     zeros,
@@ -73,20 +73,12 @@ _SLOTS = 2  # tiles in shared memory: one worked on, one on its way
 
 
 def attend_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
-    output: jax.Array,
-    log_sum_exp: jax.Array,
-    d_output: jax.Array,
-    d_log_sum_exp: jax.Array,
+    blocks: Blocks,
+    results: Results,
+    cotangents: Results,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: MosaicConfig = MOSAIC,
     interpret: Any = False,
@@ -94,8 +86,9 @@ def attend_backward(
     """As `backward.attend_backward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU, and says so.
 
     Args:
-      query, key, value: bfloat16 or float16, head_dim up to 128; else as there.
-      indices and all between it and interpret: as there.
+      arrays: bfloat16 or float16, head_dim up to 128; else as there.
+      indices, blocks, results, cotangents, scale: as there.
+      config: sizes inside the kernels.
       interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
 
     Returns:
@@ -104,22 +97,21 @@ def attend_backward(
     Raises:
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
-    del is_packed
-    check_supported(query)
-    if not interpret:
-        warn_unverified()
+    (query, key, value), (output, log_sum_exp), (d_output, d_log_sum_exp) = arrays, results, cotangents
+    if (reason := refuses(query)) is not None:
+        raise NotImplementedError(reason)
     shapes = query.shape, key.shape
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)  # [batch, queries, heads]
     query, key, value, d_output = (pad_head_dim(array) for array in (query, key, value, d_output))
-    blocks = cut_blocks(indices, block_start, block_length, key_stop, block_size)
-    tile_size = 2 * ROWS if query.shape[-1] == 64 and blocks.key_size > ROWS else ROWS
+    indices, blocks = cut_blocks(indices, blocks)
+    tile_size = 2 * ROWS if query.shape[-1] == 64 and key_size(blocks) > ROWS else ROWS
     plan = make_plan(
         query,
         key,
-        blocks.indices,
-        num_blocks=blocks.start.shape[1],
-        block_size=blocks.size,
+        indices,
+        num_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
         scale=scale,
         tile_size=tile_size,
         arrays=4,
@@ -128,11 +120,11 @@ def attend_backward(
     arrays = tuple(x.reshape(-1, plan.head_dim) for x in (query, d_output.astype(query.dtype), key, value))
     numbers = log2_sum.reshape(-1), delta.reshape(-1)
     sizes = TRITON.for_rows(plan.columns, query.dtype.itemsize)
-    is_key = jnp.arange(plan.keys)[None, :] < blocks.length.sum(1, keepdims=True)  # [batch, keys], in block order
+    is_key = jnp.arange(plan.keys)[None, :] < blocks.block_length.sum(1, keepdims=True)  # [batch, keys], in block order
     is_key = jnp.repeat(is_key, plan.kv_heads, axis=0)[..., None]
 
     def differentiate_chunk(chunk: Chunk, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        partial, *of_chunk = _differentiate(chunk, blocks, key_stop, arrays, numbers, plan, config, interpret)
+        partial, *of_chunk = _differentiate(chunk, blocks, arrays, numbers, plan, config, interpret)
         d_query = add_up(chunk, partial, gradients[0], plan, sizes, bool(interpret))
 
         def add(total: jax.Array, part: jax.Array) -> jax.Array:  # [batch * kv_heads, keys, head_dim], [chunk_heads...]
@@ -147,7 +139,7 @@ def attend_backward(
     sums = key.dtype if plan.row_chunks == 1 else jnp.float32
     of_keys = jnp.zeros((plan.batch * plan.kv_heads, plan.keys, plan.head_dim), sums)
     empty = jnp.zeros_like(arrays[0]), of_keys, of_keys
-    d_query, *d_keys = for_chunks(plan, blocks.indices, tile_size, differentiate_chunk, empty)
+    d_query, *d_keys = for_chunks(plan, indices, tile_size, differentiate_chunk, empty)
     d_keys = [x.reshape(plan.batch, plan.kv_heads, *x.shape[1:]).swapaxes(1, 2).astype(key.dtype) for x in d_keys]
     d_key, d_value = (array[..., : shapes[1][-1]] for array in d_keys)
     return d_query.reshape(query.shape)[..., : shapes[0][-1]], d_key, d_value
@@ -156,7 +148,6 @@ def attend_backward(
 def _differentiate(
     chunk: Chunk,
     blocks: Blocks,
-    key_stop: jax.Array,
     arrays: tuple[jax.Array, ...],
     numbers: tuple[jax.Array, ...],
     plan: Plan,
@@ -170,11 +161,12 @@ def _differentiate(
     query, d_output, key, value = arrays
     schedule = chunk.schedule
     tile_size = schedule.pair.shape[-1]
-    slots = list_slots(chunk, blocks, key_stop, plan)
+    slots = list_slots(chunk, blocks, plan)
     log2_sum, delta = (jnp.where(slots.row < 0, 0, x.at[slots.row].get(mode="clip")) for x in numbers)
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None]
     number = jnp.arange(plan.num_blocks, dtype=jnp.int32)[None, :]
-    block = find_block(chunk.origin, blocks.start.reshape(-1), blocks.length.reshape(-1), head, number, plan)
+    numbers_of_blocks = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1)
+    block = find_block(chunk.origin, *numbers_of_blocks, head, number, plan)
     tiles = find_tiles(schedule, plan.num_blocks)  # [chunk_heads, blocks + 1]
     work = tiles[:, 1:] - tiles[:, :-1] + 1
     order, bounds = share_out(work.reshape(-1), (block.length > 0).reshape(-1), config.num_programs)
@@ -184,8 +176,8 @@ def _differentiate(
         is_none = jnp.where(slots.row < 0, query.shape[0], slots.row)
         query, d_output = (x.at[is_none].get(mode="fill", fill_value=0) for x in (query, d_output))
 
-    groups, dtype = blocks.key_size // ROWS, query.dtype
-    tile, keys = (tile_size, plan.head_dim), (1, blocks.key_size, plan.head_dim)
+    groups, dtype = key_size(blocks) // ROWS, query.dtype
+    tile, keys = (tile_size, plan.head_dim), (1, key_size(blocks), plan.head_dim)
     of_keys = jax.ShapeDtypeStruct((plan.chunk_heads * plan.keys, plan.head_dim), jnp.float32)
     d_query, *d_keys = plgpu.kernel(
         functools.partial(_kernel, plan=plan, groups=groups, config=config),
@@ -197,7 +189,7 @@ def _differentiate(
         scratch_types=(
             *(plgpu.SMEM((_SLOTS, *tile), dtype, transforms=SWIZZLED) for _ in range(2)),
             *(plgpu.SMEM(keys, dtype, transforms=SWIZZLED) for _ in range(2)),
-            plgpu.SMEM((1, blocks.key_size, tile_size), dtype, transforms=SWIZZLED),
+            plgpu.SMEM((1, key_size(blocks), tile_size), dtype, transforms=SWIZZLED),
             plgpu.SMEM((groups, ROWS, plan.head_dim if groups == 1 else 64), dtype, transforms=SWIZZLED),
             *(plgpu.SMEM((_SLOTS, tile_size), x.dtype) for x in (slots.limit, slots.place, log2_sum, delta)),
             plgpu.Barrier(num_arrivals=4 if config.gather_in_kernel else 6, num_barriers=_SLOTS),  # one a TMA

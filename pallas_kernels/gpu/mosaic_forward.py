@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig
 from pallas_kernels.gpu.chunks import Chunk, Plan, find_block, for_chunks, make_plan
 from pallas_kernels.gpu.forward import merge
@@ -41,19 +42,18 @@ from pallas_kernels.gpu.mosaic_tiles import (
     BY_ROW,
     ROWS,
     SWIZZLED,
-    Blocks,
-    check_supported,
     close_copies,
     copy_block,
     copy_listed_rows,
     cut_blocks,
+    key_size,
     list_slots,
     load_numbers,
     pad_head_dim,
     product,
     ranks,
+    refuses,
     share_out,
-    warn_unverified,
     write_numbers,
     write_rows,
 )
@@ -64,16 +64,10 @@ _TILE_SIZE = ROWS * _GROUPS
 
 
 def attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: MosaicConfig = MOSAIC,
     interpret: Any = False,
@@ -81,8 +75,9 @@ def attend_forward(
     """As `forward.attend_forward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU, and says so.
 
     Args:
-      query, key, value: bfloat16 or float16, head_dim up to 128; else as there.
-      indices, and what is named: as there.
+      arrays: bfloat16 or float16, head_dim up to 128; else as there.
+      indices, blocks, scale: as there.
+      config: sizes inside the kernels.
       interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
 
     Returns:
@@ -91,19 +86,18 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
-    del is_packed
-    check_supported(query)
-    if not interpret:
-        warn_unverified()
+    query, key, value = arrays
+    if (reason := refuses(query)) is not None:
+        raise NotImplementedError(reason)
     shape = query.shape
     query, key, value = (pad_head_dim(array) for array in (query, key, value))
-    blocks = cut_blocks(indices, block_start, block_length, key_stop, block_size)
+    indices, blocks = cut_blocks(indices, blocks)
     plan = make_plan(
         query,
         key,
-        blocks.indices,
-        num_blocks=blocks.start.shape[1],
-        block_size=blocks.size,
+        indices,
+        num_blocks=blocks.num_blocks,
+        block_size=blocks.block_size,
         scale=scale,
         tile_size=_TILE_SIZE,
         arrays=2,
@@ -113,18 +107,17 @@ def attend_forward(
     sizes = TRITON.for_rows(plan.columns, query.dtype.itemsize)
 
     def attend_chunk(chunk: Chunk, outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        partials = _attend(chunk, blocks, key_stop, rows, keys, values, plan, config, interpret)
+        partials = _attend(chunk, blocks, rows, keys, values, plan, config, interpret)
         return merge(chunk, *partials, *outputs, plan, sizes, bool(interpret))
 
     empty = jnp.zeros_like(rows), jnp.zeros(rows.shape[0], jnp.float32)
-    output, log_sum_exp = for_chunks(plan, blocks.indices, _TILE_SIZE, attend_chunk, empty)
+    output, log_sum_exp = for_chunks(plan, indices, _TILE_SIZE, attend_chunk, empty)
     return output.reshape(query.shape)[..., : shape[-1]], log_sum_exp.reshape(shape[:3])
 
 
 def _attend(
     chunk: Chunk,
     blocks: Blocks,
-    key_stop: jax.Array,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -134,16 +127,17 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Partial outputs `[chunk_heads * chunk_pairs, head_dim]` and log2 of the sum of exp2; no pair, any number."""
     schedule = chunk.schedule
-    slots = list_slots(chunk, blocks, key_stop, plan)
+    slots = list_slots(chunk, blocks, plan)
     is_used = jnp.arange(schedule.block.shape[1])[None, :] < schedule.num_tiles[:, None]  # [chunk_heads, tiles]
     order, bounds = share_out(jnp.ones(is_used.size, jnp.int32), is_used.reshape(-1), config.num_programs)
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None]
-    block = find_block(chunk.origin, blocks.start.reshape(-1), blocks.length.reshape(-1), head, schedule.block, plan)
+    numbers_of_blocks = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1)
+    block = find_block(chunk.origin, *numbers_of_blocks, head, schedule.block, plan)
     if not config.gather_in_kernel:
         query = query.at[jnp.where(slots.row < 0, query.shape[0], slots.row)].get(mode="fill", fill_value=0)
 
     num_pairs, dtype = plan.chunk_heads * plan.chunk_pairs, query.dtype
-    keys = plgpu.SMEM((config.key_slots, blocks.key_size, plan.head_dim), dtype, transforms=SWIZZLED)
+    keys = plgpu.SMEM((config.key_slots, key_size(blocks), plan.head_dim), dtype, transforms=SWIZZLED)
     return plgpu.kernel(
         functools.partial(_kernel, plan=plan, config=config),
         out_type=(

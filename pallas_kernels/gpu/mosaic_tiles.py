@@ -11,7 +11,7 @@ Products, layouts in registers and lane code stand behind the functions from `pr
 that know them.
 """
 
-import warnings
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.gpu.chunks import Chunk, Plan, find_block, find_rows
 from pallas_kernels.gpu.tiles import ceil_div, divide
 
@@ -37,26 +38,18 @@ _LANES = 128  # threads of a warpgroup
 _PIECE = 16  # bytes
 
 
-def check_supported(query: jax.Array) -> None:
-    """Raises NotImplementedError for arrays that the kernels cannot take, and for too old a JAX."""
+def refuses(query: jax.Array) -> str | None:
+    """Why the kernels cannot take such queries, or so old a JAX; None if they can."""
     if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(f"the Mosaic GPU kernels take jax 0.11 or newer, got jax {jax.__version__}")
+        return f"the Mosaic GPU kernels take jax 0.11 or newer, got jax {jax.__version__}"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            f"the Mosaic GPU kernels take bfloat16 and float16, the types of wgmma, got query.dtype={query.dtype}"
-        )
+        return f"the Mosaic GPU kernels take bfloat16 and float16, the types of wgmma, got query.dtype={query.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM:
-        raise NotImplementedError(
+        return (
             f"the Mosaic GPU kernels take head_dim up to {LARGEST_HEAD_DIM}, for the accumulators of the backward pass "
             f"must fit the registers, got head_dim={query.shape[-1]}"
         )
-
-
-def warn_unverified() -> None:
-    """Warns whoever calls the kernels on a GPU."""
-    warnings.warn(
-        "the Mosaic GPU kernels are compiled and interpreted in tests but have not run on a GPU yet", stacklevel=4
-    )
+    return None
 
 
 def pad_head_dim(array: jax.Array) -> jax.Array:
@@ -65,53 +58,42 @@ def pad_head_dim(array: jax.Array) -> jax.Array:
     return jnp.pad(array, ((0, 0),) * (array.ndim - 1) + ((0, padding),)) if padding else array
 
 
-class Blocks(NamedTuple):
-    """Blocks small enough for one tile, and the choices of them.
-
-    Attributes:
-      indices: int32 `[batch, heads, queries, choices]`, -1 for none.
-      start: int32 `[batch, blocks]`, place of a block's first key.
-      length: int32 `[batch, blocks]`.
-      size: keys of a full block.
-    """
-
-    indices: jax.Array
-    start: jax.Array
-    length: jax.Array
-    size: int
-
-    @property
-    def key_size(self) -> int:
-        """Keys of a tile: a block and what is padding behind it."""
-        return ceil_div(self.size, ROWS) * ROWS
+def key_size(blocks: Blocks) -> int:
+    """Keys of a tile: a block and what is padding behind it."""
+    return ceil_div(blocks.block_size, ROWS) * ROWS
 
 
-def cut_blocks(
-    indices: jax.Array, block_start: jax.Array, block_length: jax.Array, key_stop: jax.Array, block_size: int
-) -> Blocks:
+def cut_blocks(indices: jax.Array, blocks: Blocks) -> tuple[jax.Array, Blocks]:
     """Cuts blocks of more than `LARGEST_KEY_SIZE` keys into parts that count as blocks of their own.
 
     A choice becomes one for each part in which the query sees a key. Example: blocks of 256 keys, a query that sees 300
     keys and chose the blocks 1 and 0, `[1, 0]`: `[2, -1, 0, 1]`.
 
     Args:
-      indices, block_start, block_length, key_stop, block_size: as of `attend_forward`.
+      indices, blocks: as of `attend_forward`.
+
+    Returns:
+      Both, of the parts. Of the blocks only block_start, block_length, block_size and stop are right.
     """
-    parts = ceil_div(block_size, LARGEST_KEY_SIZE)
+    parts = ceil_div(blocks.block_size, LARGEST_KEY_SIZE)
     if parts == 1:
-        return Blocks(indices, block_start, block_length, block_size)
+        return indices, blocks
+    block_start, block_length = blocks.block_start, blocks.block_length
     part = jnp.arange(parts, dtype=jnp.int32).reshape(1, 1, 1, 1, parts)
     offset = part * LARGEST_KEY_SIZE
     offset_of_part = offset[0, 0]  # [1, 1, parts]
     batch_row = jnp.arange(indices.shape[0])[:, None, None, None]
     chosen = jnp.maximum(indices, 0)
-    seen = jnp.minimum(block_length[batch_row, chosen], key_stop[:, None, :, None] - block_start[batch_row, chosen])
+    seen = jnp.minimum(block_length[batch_row, chosen], blocks.stop[:, None, :, None] - block_start[batch_row, chosen])
     is_seen = (offset < seen[..., None]) & (indices >= 0)[..., None]  # [batch, heads, queries, top_k, parts]
-    return Blocks(
-        jnp.where(is_seen, indices[..., None] * parts + part, -1).reshape(*indices.shape[:3], -1),
-        (block_start[..., None] + offset_of_part).reshape(block_start.shape[0], -1),
-        jnp.clip(block_length[..., None] - offset_of_part, 0, LARGEST_KEY_SIZE).reshape(block_start.shape[0], -1),
-        LARGEST_KEY_SIZE,
+    indices = jnp.where(is_seen, indices[..., None] * parts + part, -1).reshape(*indices.shape[:3], -1)
+    return indices, dataclasses.replace(
+        blocks,
+        block_start=(block_start[..., None] + offset_of_part).reshape(block_start.shape[0], -1),
+        block_length=jnp.clip(block_length[..., None] - offset_of_part, 0, LARGEST_KEY_SIZE).reshape(
+            block_start.shape[0], -1
+        ),
+        block_size=LARGEST_KEY_SIZE,
     )
 
 
@@ -129,14 +111,14 @@ class Slots(NamedTuple):
     place: jax.Array
 
 
-def list_slots(chunk: Chunk, blocks: Blocks, key_stop: jax.Array, plan: Plan) -> Slots:
-    """What the kernels need to know of each pair; key_stop `[batch, queries]`."""
+def list_slots(chunk: Chunk, blocks: Blocks, plan: Plan) -> Slots:
+    """What the kernels need to know of each pair."""
     pair = chunk.schedule.pair  # [chunk_heads, tiles, tile_size]
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None, None]
     rows = find_rows(chunk.origin, head, divide(pair, plan.top_k)[0], pair < plan.chunk_pairs, plan)
-    start, length = blocks.start.reshape(-1), blocks.length.reshape(-1)
+    start, length = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1)
     block = find_block(chunk.origin, start, length, head, chunk.schedule.block[..., None], plan)
-    stop = key_stop.reshape(-1).at[rows.token].get(mode="clip")
+    stop = blocks.stop.reshape(-1).at[rows.token].get(mode="clip")
     lists = rows.place, jnp.minimum(block.length, stop - block.start), head * plan.chunk_pairs + pair
     return Slots(*(jnp.where(rows.is_real, x, none).reshape(-1) for x, none in zip(lists, (-1, 0, -1), strict=True)))
 

@@ -36,12 +36,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TritonConfig
+from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.tiles import (
     NT,
     SMALLEST_SIDE,
     ceil_div,
-    check_supported,
     divide,
     iota,
     load_numbers,
@@ -61,15 +62,18 @@ _LARGEST_TOP_K = 64  # of a list in registers
 _PIECE = 128  # columns that are split at a time: for 256 at once the registers do not suffice
 
 
+def refuses(query: jax.Array, top_k: int) -> str | None:
+    """Why the router cannot do a call; None if it can."""
+    if top_k > _LARGEST_TOP_K:
+        return f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}"
+    return tiles.refuses(query)
+
+
 def route(
     query: jax.Array,
     key: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    first_block: jax.Array,
-    last_block: jax.Array,
-    block_size: int,
     top_k: int,
     is_causal: bool,
     config: TritonConfig | None = None,
@@ -78,20 +82,16 @@ def route(
     """The blocks that each query chooses: the `top_k` largest scores, score = query . mean(keys of the block).
 
     Means, products and sums are float32. Ties go to the lower block index, and 0 equals -0. Causal: the own block,
-    which is last_block, is always chosen and comes first. Sources: MoBA (arXiv 2502.13189), section 2. Has not run on a
-    GPU yet.
+    which is `blocks.last_block`, is always chosen and comes first. Sources: MoBA (arXiv 2502.13189), section 2. Has not
+    run on a GPU yet.
 
     Args:
       query: float32, bfloat16 or float16 `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]` of query's dtype, in block order, padding zero; heads is a multiple of
         kv_heads.
-      block_start: int32 `[batch, blocks]`, place of a block's first key.
-      block_length: int32 `[batch, blocks]`, keys in the block, at most block_size; 0 where there is no such block.
-      first_block: int32 `[batch, queries]`, the first block that a query may choose.
-      last_block: int32 `[batch, queries]`, the last one; below first_block for a query that may choose none.
-      block_size: keys in a full block.
+      blocks: the geometry of the call.
       top_k: blocks that a query may choose, at most the number of blocks.
-      is_causal: whether last_block is forced.
+      is_causal: whether the own block is forced.
       config: tile sizes; None for those of the table (`tuning`).
       interpret: whether to run on a CPU, interpreted.
 
@@ -101,20 +101,12 @@ def route(
     Raises:
       NotImplementedError: a dtype, head_dim or top_k that the kernel cannot do.
     """
-    check_supported(query)
-    if top_k > _LARGEST_TOP_K:
-        raise NotImplementedError(f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}")
+    if (reason := refuses(query, top_k)) is not None:
+        raise NotImplementedError(reason)
     batch, num_queries, num_heads, head_dim = query.shape
-    config = config or tuned(head_dim, block_size, top_k)
-    kv_heads, num_blocks = key.shape[2], block_start.shape[1]
-    means = block_means(
-        key,
-        block_start=block_start,
-        block_length=block_length,
-        block_size=block_size,
-        config=config,
-        interpret=interpret,
-    )
+    config = config or tuned(head_dim, blocks.block_size, top_k)
+    kv_heads, num_blocks = key.shape[2], blocks.num_blocks
+    means = block_means(key, blocks, config=config, interpret=interpret)
     parts = ceil_div(jnp.finfo(query.dtype).nmant + 1, 8)  # bfloat16 numbers that hold a number of the queries
     tile = min(config.route_queries, power_of_two(num_queries, SMALLEST_SIDE))
     indices = pl.pallas_call(
@@ -138,8 +130,8 @@ def route(
     )(
         query.reshape(-1, head_dim),
         means.reshape(-1, head_dim),
-        first_block.reshape(-1),
-        last_block.reshape(-1),
+        blocks.first_block.reshape(-1),
+        blocks.last_block.reshape(-1),
     )
     return indices.reshape(batch, num_heads, num_queries, top_k)
 
@@ -244,10 +236,8 @@ def _route_kernel(
 
 def block_means(
     key: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    block_size: int,
     config: TritonConfig,
     interpret: bool = False,
 ) -> jax.Array:
@@ -259,19 +249,19 @@ def block_means(
       float32 `[batch, kv_heads, blocks, head_dim]`; zero for a block that does not exist.
     """
     batch, num_keys, kv_heads, head_dim = key.shape
-    num_blocks = block_start.shape[1]
-    keys = min(config.means_keys, power_of_two(block_size))
-    blocks = min(config.means_keys // keys, power_of_two(num_blocks))
+    num_blocks = blocks.num_blocks
+    keys = min(config.means_keys, power_of_two(blocks.block_size))
+    at_once = min(config.means_keys // keys, power_of_two(num_blocks))
     means = pl.pallas_call(
         functools.partial(
-            _means_kernel, num_keys=num_keys, kv_heads=kv_heads, num_blocks=num_blocks, blocks=blocks, keys=keys
+            _means_kernel, num_keys=num_keys, kv_heads=kv_heads, num_blocks=num_blocks, blocks=at_once, keys=keys
         ),
         out_shape=jax.ShapeDtypeStruct((batch * kv_heads * num_blocks, head_dim), jnp.float32),
-        grid=(ceil_div(num_blocks, blocks), batch * kv_heads),
+        grid=(ceil_div(num_blocks, at_once), batch * kv_heads),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=config.num_stages),
         name="moba_block_means",
         interpret=interpret,
-    )(key.reshape(-1, head_dim), block_start.reshape(-1), block_length.reshape(-1))
+    )(key.reshape(-1, head_dim), blocks.block_start.reshape(-1), blocks.block_length.reshape(-1))
     return means.reshape(batch, kv_heads, num_blocks, head_dim)
 
 

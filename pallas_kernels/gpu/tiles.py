@@ -25,15 +25,16 @@ NT = (((1,), (1,)), ((), ()))  # a b^T
 TN = (((0,), (0,)), ((), ()))  # a^T b
 
 
-def check_supported(query: jax.Array) -> None:
-    """Raises NotImplementedError for arrays that the kernels cannot take."""
+def refuses(query: jax.Array) -> str | None:
+    """Why the kernels cannot take such queries; None if they can."""
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the GPU kernels take float32, bfloat16 and float16, got query.dtype={query.dtype}")
+        return f"the GPU kernels take float32, bfloat16 and float16, got query.dtype={query.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM:
-        raise NotImplementedError(
+        return (
             f"the GPU kernels take head_dim up to {LARGEST_HEAD_DIM}, for a row must fit the registers, got "
             f"head_dim={query.shape[-1]}"
         )
+    return None
 
 
 def divide(number: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:

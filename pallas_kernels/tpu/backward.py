@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
 from pallas_kernels.tpu import chunks, key_work
 from pallas_kernels.tpu.cut_tiles import make_tiles
@@ -34,20 +35,12 @@ from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, TN, Tiles
 
 
 def attend_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
-    output: jax.Array,
-    log_sum_exp: jax.Array,
-    d_output: jax.Array,
-    d_log_sum_exp: jax.Array,
+    blocks: Blocks,
+    results: Results,
+    cotangents: Results,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: KeyMajorConfig = KEY_MAJOR,
     interpret: Any = False,
@@ -58,11 +51,9 @@ def attend_backward(
     dV = P^T dO. Source: FlashAttention-2 (arXiv 2307.08691), section 2.
 
     Args:
-      query, key, value, indices, and what is named: as there.
-      output: what `attend_forward` gave, `[batch, queries, heads, head_dim]`.
-      log_sum_exp: what it gave, float32 `[batch, queries, heads]`.
-      d_output: gradient of the output, like it.
-      d_log_sum_exp: gradient of the log-sum-exp, like it.
+      arrays, indices, blocks, scale, config, interpret: as given to `attend_forward`.
+      results: what it gave.
+      cotangents: the gradients of these.
 
     Returns:
       Gradients of query, key and value, like them. Zero for a query without blocks.
@@ -70,28 +61,18 @@ def attend_backward(
     Raises:
       NotImplementedError: as `attend_forward`.
     """
-    key_work.check_supported(query, block_size)
+    (query, key, value), cut = arrays, key_work.Cut.of(blocks)
+    (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
-    cut = key_work.Cut.of(block_size, is_packed)
+    chunk = key_work.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
+    if isinstance(chunk, str):
+        raise NotImplementedError(chunk)
     num_rows = num_queries * num_heads // kv_heads
     lanes = key_work.round_up(head_dim, LANES)
-    parts = _parts(head_dim, query.dtype)
-    chunk = chunks.plan(
-        num_rows,
-        row_bytes=4 * (LANES * parts + lanes),
-        row_multiple=8,
-        slot_bytes=4 * (2 * LANES * parts + 8 * cut.stretch_size + 4 * lanes),
-        tile_bytes=12 * 4 * cut.stretch_size * lanes,
-        pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
-        num_pieces=block_start.shape[1] * cut.pieces_per_block,
-        tile_sizes=(config.backward_tile_size,),
-        slots_per_step=1,
-        config=config,
-    )
     num_chunks = -(-num_rows // chunk.rows)
     split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
-    reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
+    reach = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)
 
@@ -134,8 +115,8 @@ def attend_backward(
     heads = (
         key_work.split_keys(padded_key, cut.stretch_size),
         key_work.split_keys(value, cut.stretch_size),
-        jnp.repeat(block_start, kv_heads, axis=0),
-        jnp.repeat(block_length, kv_heads, axis=0),
+        jnp.repeat(blocks.block_start, kv_heads, axis=0),
+        jnp.repeat(blocks.block_length, kv_heads, axis=0),
         key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
         split(query),
         split(d_output.astype(query.dtype)),
@@ -148,6 +129,27 @@ def attend_backward(
         key_work.join_heads(d_query, batch, num_queries, num_heads),
         key_work.join_keys(d_key, batch, num_keys).astype(key.dtype),
         key_work.join_keys(d_value, batch, num_keys).astype(value.dtype),
+    )
+
+
+def plan_chunk(
+    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: KeyMajorConfig
+) -> chunks.Chunk | str:
+    """The chunks of `attend_backward`, from shapes; or why there can be none."""
+    head_dim, cut = query.shape[-1], key_work.Cut.of(blocks)
+    lanes = key_work.round_up(head_dim, LANES)
+    parts = _parts(head_dim, query.dtype)
+    return chunks.plan(
+        query.shape[1] * query.shape[2] // key.shape[2],
+        row_bytes=4 * (LANES * parts + lanes),
+        row_multiple=8,
+        slot_bytes=4 * (2 * LANES * parts + 8 * cut.stretch_size + 4 * lanes),
+        tile_bytes=12 * 4 * cut.stretch_size * lanes,
+        pairs_per_row=top_k * cut.pieces_per_block,
+        num_pieces=blocks.num_blocks * cut.pieces_per_block,
+        tile_sizes=(config.backward_tile_size,),
+        slots_per_step=1,
+        config=config,
     )
 
 

@@ -29,26 +29,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.tpu import tile_sides, tile_work
 from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
 from pallas_kernels.tpu.tile_work import LOG2_E, NN, NT, OUT_OF_SIGHT, TN
 
 
 def attend_tiles_backward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    blocks: jax.Array,
-    key_start: jax.Array,
-    key_stop: jax.Array,
-    key_position: jax.Array,
-    output: jax.Array,
-    log_sum_exp: jax.Array,
-    d_output: jax.Array,
-    d_log_sum_exp: jax.Array,
-    *,
+    arrays: Arrays,
+    lists: jax.Array,
+    blocks: Blocks,
     query_block_size: int,
-    key_block_size: int,
+    results: Results,
+    cotangents: Results,
+    *,
     scale: float,
     config: TileConfig = DEFAULT,
     interpret: Any = False,
@@ -56,12 +50,9 @@ def attend_tiles_backward(
     """Gradients of `attend_tiles_forward`. Source: FlashAttention-2 (arXiv 2307.08691), section 3.
 
     Args:
-      query, key, value, blocks, key_start, key_stop, key_position, query_block_size, key_block_size, scale, config,
-        interpret: as given to `attend_tiles_forward`.
-      output: what it gave, `[batch, queries, heads, head_dim]`.
-      log_sum_exp: what it gave, float32 `[batch, queries, heads]`.
-      d_output: gradient of the output, like output.
-      d_log_sum_exp: gradient of the log-sum-exp, like log_sum_exp.
+      arrays, lists, blocks, query_block_size, scale, config, interpret: as given to `attend_tiles_forward`.
+      results: what it gave.
+      cotangents: the gradients of these.
 
     Returns:
       Gradients of query, key and value, like them; zero where nothing was seen.
@@ -69,9 +60,8 @@ def attend_tiles_backward(
     Raises:
       NotImplementedError: as `attend_tiles_forward`.
     """
-    sides = tile_sides.split_sides(
-        query, key, value, blocks, key_start, key_stop, key_position, query_block_size, key_block_size, config
-    )
+    (query, key, _), (output, log_sum_exp), (d_output, d_log_sum_exp) = arrays, results, cotangents
+    sides = tile_sides.split_sides(arrays, lists, blocks, query_block_size, config)
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
     group = heads // kv_heads

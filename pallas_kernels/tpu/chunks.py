@@ -41,8 +41,10 @@ def plan(
     tile_sizes: tuple[int, ...],
     slots_per_step: int,
     config: KeyMajorConfig,
-) -> Chunk:
+) -> Chunk | str:
     """As many rows as memory and tables allow, chunks about equally long; the longest tiles that pay.
+
+    In words instead, why not even row_multiple rows fit.
 
     Args:
       num_rows: rows of a key/value head.
@@ -55,9 +57,6 @@ def plan(
       tile_sizes: to choose from, the longest first.
       slots_per_step: pairs of a step.
       config: sizes of the kernels.
-
-    Raises:
-      NotImplementedError: not even row_multiple rows fit.
     """
     shortest = tile_sizes[-1]
 
@@ -78,7 +77,7 @@ def plan(
     else:  # tiles <= pairs / tile_size + pairs
         rows = min(rows, entries * shortest // ((shortest + 1) * pairs_per_row))
     if rows < row_multiple:
-        raise NotImplementedError(
+        return (
             f"the TPU kernels keep at least {row_multiple} queries and the numbers of their tiles on chip, got "
             f"{pairs_per_row} pairs and {row_bytes} bytes a query"
         )

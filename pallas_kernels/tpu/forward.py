@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
 from pallas_kernels.tpu import chunk_rows, chunks, forward_kernels, key_work
 from pallas_kernels.tpu.cut_tiles import make_tiles
@@ -24,37 +25,25 @@ FIXED_RANGE = 80.0
 
 
 def attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    arrays: Arrays,
     indices: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    key_stop: jax.Array,
-    block_size: int,
-    is_packed: bool,
     scale: float,
     config: KeyMajorConfig = KEY_MAJOR,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over the blocks it chose: softmax(scale q k^T) v.
 
-    A query sees the keys of its blocks that stand before its key_stop. Any logits are allowed. Source: FlashMoBA (arXiv
-    2511.11571), section 4, without its gather, partial results and merge.
+    A query sees the keys of its blocks that stand before `blocks.stop`. Any logits are allowed. Source: FlashMoBA
+    (arXiv 2511.11571), section 4, without its gather, partial results and merge.
 
     Args:
-      query: float32 or bfloat16 `[batch, queries, heads, head_dim]`.
-      key: `[batch, keys, kv_heads, head_dim]` of query's dtype, in block order; heads is a multiple of kv_heads.
-      value: like key.
+      arrays: query, float32 or bfloat16; key and value, of its dtype, in block order. In rows without segments keys
+        behind a short block are zero.
       indices: int32 `[batch, heads, queries, top_k]`, ids of blocks, none twice in a list; -1 for none. Every block
         listed has a key that the query sees.
-      block_start: int32 `[batch, blocks]`, place of a block's first key, not falling.
-      block_length: int32 `[batch, blocks]`, keys in the block, at most block_size.
-      key_stop: int32 `[batch, queries]`, one past the last key that the query sees.
-      block_size: keys in a full block.
-      is_packed: whether blocks may start elsewhere than at multiples of block_size. If not, keys behind a short block
-        are zero.
+      blocks: the geometry of the call.
       scale: factor of the logits.
       config: sizes inside the kernel.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
@@ -66,29 +55,16 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype, head_dim, block_size or top_k that the kernel cannot do.
     """
-    key_work.check_supported(query, block_size)
+    (query, key, value), cut = arrays, key_work.Cut.of(blocks)
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    cut = key_work.Cut.of(block_size, is_packed)
+    chunk = key_work.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
+    if isinstance(chunk, str):
+        raise NotImplementedError(chunk)
     num_rows = num_queries * num_heads // kv_heads
-    parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
-    state_parts = key_work.parts_of(head_dim + 2)
-    chunk = chunks.plan(
-        num_rows,
-        row_bytes=4 * LANES * (parts + state_parts),
-        row_multiple=chunk_rows.GROUP,
-        # Fetched row and result, and what the compiler keeps: unpacked rows, logits and weights, results.
-        slot_bytes=4 * (LANES * (2 * parts + 3 * state_parts) + 3 * cut.stretch_size),
-        tile_bytes=4 * cut.stretch_size * key_work.round_up(head_dim, LANES) * query.dtype.itemsize,
-        pairs_per_row=indices.shape[-1] * cut.pieces_per_block,
-        num_pieces=block_start.shape[1] * cut.pieces_per_block,
-        tile_sizes=(128, 64) if config.tile_size is None else (config.tile_size,),
-        slots_per_step=config.slots_per_step,
-        config=config,
-    )
     num_chunks = -(-num_rows // chunk.rows)
     split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
-    reach = jnp.broadcast_to(key_stop[:, :, None, None], (batch, num_queries, num_heads, 1))
+    reach = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
 
     def attend_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         key_value, block_start, block_length, *chunks = arrays
@@ -127,8 +103,8 @@ def attend_forward(
     key_value = [key_work.split_keys(array, cut.stretch_size) for array in (padded_key, _add_ones(value))]
     heads = (
         jnp.stack(key_value, axis=2),
-        jnp.repeat(block_start, kv_heads, axis=0),
-        jnp.repeat(block_length, kv_heads, axis=0),
+        jnp.repeat(blocks.block_start, kv_heads, axis=0),
+        jnp.repeat(blocks.block_length, kv_heads, axis=0),
         split(query),
         key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
         split(reach)[..., 0],
@@ -136,6 +112,28 @@ def attend_forward(
     output, log_sum_exp = lax.map(jax.custom_batching.sequential_vmap(attend_head), heads)
     join = functools.partial(key_work.join_heads, batch=batch, num_queries=num_queries, num_heads=num_heads)
     return join(output), join(log_sum_exp[..., None])[..., 0]
+
+
+def plan_chunk(
+    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: KeyMajorConfig
+) -> chunks.Chunk | str:
+    """The chunks of `attend_forward`, from shapes; or why there can be none."""
+    head_dim, cut = query.shape[-1], key_work.Cut.of(blocks)
+    parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
+    state_parts = key_work.parts_of(head_dim + 2)
+    return chunks.plan(
+        query.shape[1] * query.shape[2] // key.shape[2],
+        row_bytes=4 * LANES * (parts + state_parts),
+        row_multiple=chunk_rows.GROUP,
+        # Fetched row and result, and what the compiler keeps: unpacked rows, logits and weights, results.
+        slot_bytes=4 * (LANES * (2 * parts + 3 * state_parts) + 3 * cut.stretch_size),
+        tile_bytes=4 * cut.stretch_size * key_work.round_up(head_dim, LANES) * query.dtype.itemsize,
+        pairs_per_row=top_k * cut.pieces_per_block,
+        num_pieces=blocks.num_blocks * cut.pieces_per_block,
+        tile_sizes=(128, 64) if config.tile_size is None else (config.tile_size,),
+        slots_per_step=config.slots_per_step,
+        config=config,
+    )
 
 
 def attend_tiles(

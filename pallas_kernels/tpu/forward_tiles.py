@@ -27,43 +27,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.tpu import tile_sides, tile_work
 from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
 from pallas_kernels.tpu.tile_work import LOG2_E, NT, OUT_OF_SIGHT, TN
 
 
 def attend_tiles_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    blocks: jax.Array,
-    key_start: jax.Array,
-    key_stop: jax.Array,
-    key_position: jax.Array,
-    *,
+    arrays: Arrays,
+    lists: jax.Array,
+    blocks: Blocks,
     query_block_size: int,
-    key_block_size: int,
+    *,
     scale: float,
     config: TileConfig = DEFAULT,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query tile over its own list of key blocks: softmax(scale q k^T) v.
 
-    Tile i holds the queries i * query_block_size and on, block j the keys j * key_block_size and on. A query sees the
-    keys of its tile's blocks whose position p has key_start <= p < key_stop. The maximum is the true running one, so
-    any logits are allowed. Source: FlashAttention-2 (arXiv 2307.08691), section 3, over a list of blocks.
+    Tile i holds the queries i * query_block_size and on, block j the keys j * block_size and on. A query sees the keys
+    of its tile's blocks whose position p has start <= p < stop. The maximum is the true running one, so any logits are
+    allowed. Source: FlashAttention-2 (arXiv 2307.08691), section 3, over a list of blocks.
 
     Args:
-      query: float32 or bfloat16 `[batch, queries, heads, head_dim]`.
-      key: `[batch, keys, kv_heads, head_dim]` of query's dtype; heads is a multiple of kv_heads.
-      value: like key.
-      blocks: int32 `[batch, heads, query_tiles, list]`, ids of key blocks, none twice in a list; -1 for none, anywhere.
-      key_start: int32 `[batch, queries]`.
-      key_stop: int32 `[batch, queries]`; at or below key_start for a query with nothing to see.
-      key_position: int32 `[batch, keys]` or `[batch, keys, kv_heads]`. Keys may stand in any order. A padding key has
-        the largest int32, and finite numbers.
+      arrays: query, float32 or bfloat16; key and value, of its dtype. Padding holds finite numbers.
+      lists: int32 `[batch, heads, query_tiles, list]`, ids of key blocks, none twice in a list; -1 for none, anywhere.
+      blocks: the geometry of the call, of which start, stop, position and block_size count.
       query_block_size: queries in a tile; the last one may be short.
-      key_block_size: keys in a block; the last one may be short.
       scale: factor of the logits.
       config: sizes inside the kernel.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
@@ -75,9 +65,8 @@ def attend_tiles_forward(
     Raises:
       NotImplementedError: query has another dtype, or a block size is below 16.
     """
-    sides = tile_sides.split_sides(
-        query, key, value, blocks, key_start, key_stop, key_position, query_block_size, key_block_size, config
-    )
+    query, key, _ = arrays
+    sides = tile_sides.split_sides(arrays, lists, blocks, query_block_size, config)
     batch, num_queries, heads, head_dim = query.shape
     rows, num_tiles, part, _ = sides.query.shape
     group = heads // key.shape[2]

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.blocks import Blocks
+
 LANES = 128
 LOG2_E = 1.4426950408889634
 SPARE_ROWS = 8  # behind a chunk's rows; the slots of a tile that hold no pair point to the first
@@ -66,29 +68,30 @@ class Cut:
     is_aligned: bool
 
     @classmethod
-    def of(cls, block_size: int, is_packed: bool) -> "Cut":
-        return cls(round_up(block_size, 16), not is_packed and block_size % 16 == 0)
+    def of(cls, blocks: Blocks) -> "Cut":
+        return cls(round_up(blocks.block_size, 16), not blocks.is_packed and blocks.block_size % 16 == 0)
 
     @property
     def pieces_per_block(self) -> int:
         return 1 if self.is_aligned else 2
 
 
-def check_supported(query: jax.Array, block_size: int) -> None:
-    """Raises NotImplementedError, with the reason, for what the key-major kernels cannot do."""
-    head_dim = query.shape[-1]
+def refuses(query: jax.Array, blocks: Blocks) -> str | None:
+    """What the kernels for choices made by every query cannot do, in words; None if they can."""
+    head_dim, block_size = query.shape[-1], blocks.block_size
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}")
+        return f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}"
     if head_dim % 32 or head_dim > 256:
-        raise NotImplementedError(
+        return (
             f"the TPU kernels take a head_dim that is a multiple of 32 up to 256, got head_dim={head_dim}: rows are "
             "fetched as whole words of 32 bits and a chunk of longer ones does not fit on chip"
         )
     if not 16 <= block_size <= 1024:
-        raise NotImplementedError(
+        return (
             f"the TPU kernels take a block_size from 16 to 1024, got block_size={block_size}: a smaller block "
             "leaves the matrix unit empty, a larger one does not fit on chip"
         )
+    return None
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -40,6 +40,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.tpu.key_work import LANES, NT, TN, product, round_up
 
 _SUBLANES = 8
@@ -66,15 +67,18 @@ class RoutingConfig:
 DEFAULT = RoutingConfig()
 
 
+def refuses(query: jax.Array) -> str | None:
+    """Why the router cannot do a call; None if it can."""
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the TPU router takes float32 and bfloat16, got query.dtype={query.dtype}"
+    return None
+
+
 def route(
     query: jax.Array,
     key: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    first_block: jax.Array,
-    last_block: jax.Array,
-    block_size: int,
     top_k: int,
     is_causal: bool,
     config: RoutingConfig = DEFAULT,
@@ -83,19 +87,15 @@ def route(
     """The blocks that each query chooses: the `top_k` largest scores, score = query . mean(keys of the block).
 
     Means, products and sums are float32. Ties go to the lower block index, and 0 equals -0. Causal: the own block,
-    which is last_block, is always chosen and comes first. Sources: MoBA (arXiv 2502.13189), section 2.
+    which is `blocks.last_block`, is always chosen and comes first. Sources: MoBA (arXiv 2502.13189), section 2.
 
     Args:
       query: float32 or bfloat16 `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]` of query's dtype, in block order, padding zero; heads is a multiple of
         kv_heads.
-      block_start: int32 `[batch, blocks]`, place of a block's first key, not falling.
-      block_length: int32 `[batch, blocks]`, keys in the block, at most block_size; 0 where there is no such block.
-      first_block: int32 `[batch, queries]`, the first block that a query may choose.
-      last_block: int32 `[batch, queries]`, the last one; below first_block for a query that may choose none.
-      block_size: keys in a full block.
+      blocks: the geometry of the call.
       top_k: blocks that a query may choose, at most the number of blocks.
-      is_causal: whether last_block is forced.
+      is_causal: whether the own block is forced.
       config: tile sizes.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
@@ -105,16 +105,9 @@ def route(
     Raises:
       NotImplementedError: query has another dtype.
     """
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"the TPU router takes float32 and bfloat16, got query.dtype={query.dtype}")
-    means = block_means(
-        key,
-        block_start=block_start,
-        block_length=block_length,
-        block_size=block_size,
-        config=config,
-        interpret=interpret,
-    )
+    if (reason := refuses(query)) is not None:
+        raise NotImplementedError(reason)
+    means = block_means(key, blocks, config=config, interpret=interpret)
     batch, num_queries, num_heads, head_dim = query.shape
     _, kv_heads, num_blocks, _ = means.shape
     means = _by_levels(means)
@@ -123,10 +116,10 @@ def route(
     tile = min(config.queries, round_up(num_queries, LANES))
     padding = -num_queries % tile
     num_tiles = (num_queries + padding) // tile
-    stretch = min(config.blocks, round_up(block_start.shape[1], _LEVELS * _SUBLANES))
+    stretch = min(config.blocks, round_up(blocks.num_blocks, _LEVELS * _SUBLANES))
     query = jnp.pad(query.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    first_block = jnp.pad(first_block, ((0, 0), (0, padding)))  # [batch, queries]
-    last_block = jnp.pad(last_block, ((0, 0), (0, padding)), constant_values=-1)  # [batch, queries]
+    first_block = jnp.pad(blocks.first_block, ((0, 0), (0, padding)))  # [batch, queries]
+    last_block = jnp.pad(blocks.last_block, ((0, 0), (0, padding)), constant_values=-1)  # [batch, queries]
 
     # Which stretches a tile reaches, and which blocks all its queries see and are not forced into. The grid has as
     # many steps as the tile that reaches most.
@@ -306,10 +299,8 @@ def _sort_columns(score: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
 
 def block_means(
     key: jax.Array,
+    blocks: Blocks,
     *,
-    block_start: jax.Array,
-    block_length: jax.Array,
-    block_size: int,
     config: RoutingConfig = DEFAULT,
     interpret: Any = False,
 ) -> jax.Array:
@@ -323,14 +314,14 @@ def block_means(
       anything behind them.
     """
     batch, num_keys, kv_heads, head_dim = key.shape
-    num_blocks = block_start.shape[1]
+    num_blocks = blocks.num_blocks
     padding = -num_blocks % (LANES if num_blocks <= LANES else max(config.blocks, LANES))
     num_groups = (num_blocks + padding) // LANES
     key_rows = min(config.key_rows, round_up(num_keys, LANES))
     num_tiles = -(-num_keys // key_rows)
     key = jnp.pad(key.swapaxes(1, 2), ((0, 0), (0, 0), (0, num_tiles * key_rows - num_keys), (0, 0)))
-    block_start = jnp.pad(block_start, ((0, 0), (0, padding)), constant_values=num_keys)
-    block_length = jnp.pad(block_length, ((0, 0), (0, padding)))
+    block_start = jnp.pad(blocks.block_start, ((0, 0), (0, padding)), constant_values=num_keys)
+    block_length = jnp.pad(blocks.block_length, ((0, 0), (0, padding)))
     block_stop = block_start + block_length  # [batch, blocks]
 
     # The tiles of keys that a group of blocks touches, and the groups in which there is a block at all.
@@ -338,7 +329,7 @@ def block_means(
     group_stop = jnp.where(block_length > 0, block_stop, 0).reshape(batch, num_groups, LANES).max(2)
     tile_stop = -(-group_stop // key_rows)  # [batch, groups]
     groups_in_use = jnp.maximum((group_stop > 0).sum(1).max(), 1)
-    num_steps = min(LANES * block_size // key_rows + 2, num_tiles)
+    num_steps = min(LANES * blocks.block_size // key_rows + 2, num_tiles)
 
     def tile_of_keys(b: jax.Array, h: jax.Array, g: jax.Array, step: jax.Array, first: Any, stop: Any) -> tuple:
         last = jnp.maximum(stop[b * num_groups + g] - 1, 0)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import NOWHERE, Arrays, Blocks
+
 # Position of a key that is padding: no query sees it.
-NOWHERE = int(jnp.iinfo(jnp.int32).max)
 _MULTIPLE = 16  # rows of a bfloat16 register tile
 
 
@@ -137,30 +138,27 @@ class Sides(NamedTuple):
     key_cut: Cut
 
 
-def split_sides(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    blocks: jax.Array,
-    key_start: jax.Array,
-    key_stop: jax.Array,
-    key_position: jax.Array,
-    query_block_size: int,
-    key_block_size: int,
-    config: TileConfig,
-) -> Sides:
-    """Brings the arguments of `attend_tiles_forward` into the kernels' layout."""
+def refuses(query: jax.Array, query_block_size: int, block_size: int) -> str | None:
+    """Why the kernels for choices made per tile cannot do a call; None if they can."""
     if query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}")
-    for name, size in (("query_block_size", query_block_size), ("key_block_size", key_block_size)):
+        return f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}"
+    for name, size in (("query_block_size", query_block_size), ("key_block_size", block_size)):
         if size < _MULTIPLE:
-            raise NotImplementedError(
+            return (
                 f"the TPU kernels take {name} from {_MULTIPLE} on, for a smaller tile would be mostly padding, got "
                 f"{name}={size}"
             )
-    query_cut, key_cut = Cut.of(query_block_size, config.largest_tile), Cut.of(key_block_size, config.largest_tile)
-    reach = jnp.stack([query_cut.split(array[:, :, None]) for array in (key_start, key_stop)], axis=2)
-    position = key_position if key_position.ndim == 3 else key_position[:, :, None]
+    return None
+
+
+def split_sides(arrays: Arrays, lists: jax.Array, blocks: Blocks, query_block_size: int, config: TileConfig) -> Sides:
+    """Brings the arguments of `attend_tiles_forward` into the kernels' layout."""
+    query, key, value = arrays
+    if (reason := refuses(query, query_block_size, blocks.block_size)) is not None:
+        raise NotImplementedError(reason)
+    query_cut, key_cut = (Cut.of(size, config.largest_tile) for size in (query_block_size, blocks.block_size))
+    reach = jnp.stack([query_cut.split(array[:, :, None]) for array in (blocks.start, blocks.stop)], axis=2)
+    position = blocks.key_position()
     position = jnp.broadcast_to(position, (*position.shape[:2], key.shape[2]))  # [batch, keys, kv_heads]
     position = key_cut.split(position, fill=NOWHERE)
     return Sides(
@@ -168,7 +166,7 @@ def split_sides(
         reach=reach,
         key_value=jnp.stack([key_cut.split(key), key_cut.split(value)], axis=2),
         position=position[:, :, None],
-        pairs=make_pairs(blocks, reach, position, query_cut, key_cut),
+        pairs=make_pairs(lists, reach, position, query_cut, key_cut),
         query_cut=query_cut,
         key_cut=key_cut,
     )

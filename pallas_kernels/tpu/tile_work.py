@@ -20,8 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import NOWHERE
 from pallas_kernels.schedule import make_schedule
-from pallas_kernels.tpu.tile_sides import NOWHERE
 
 LANES = 128
 LOG2_E = 1.4426950408889634

@@ -7,11 +7,11 @@ Attend -> Rest -> Merge.
     choose     scores -> bool masks of the same shape; a `LevelMap` says what each pair of blocks then gets
     attend     exact softmax attention over the chosen pairs -> `Partial`
     rest       an approximation of what was not chosen -> `Partial`
-    merge      partials over disjoint keys add up to one softmax (`sparse_attn.merge`)
+    merge      partials over disjoint keys add up to one softmax (`sparse_attn.attend.partial`)
 
-A system (`sparse_attn.systems`) is one file that strings such functions together. Three types pass between the parts:
-`LevelMap` (choices of query tiles) or `BlockSelection` (choices of query tokens) from Choose, `Visibility` for who may
-see whom, and `Partial` from Attend and Rest.
+A system (`sparse_attn.systems`) is a value whose methods string such functions together. Three types pass between the
+parts: `LevelMap` (choices of query tiles) or `BlockSelection` (choices of query tokens) from Choose, `Blocks` for who
+may see whom, and `Partial` from Attend and Rest. `Grid` has what many choices force: first blocks and diagonals.
 
 Rules that every part keeps: scores and softmax are float32; -inf marks a pair that cannot be chosen; ties go to the
 lower block index; no choice crosses the rows of a batch, and none carries a gradient.

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_attn.attend.partial import Partial
+from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.grammar.describe import block_lengths, block_mean, split_blocks
-from sparse_attn.merge import Partial
+from sparse_attn.layout import whole_rows
 from sparse_attn.selection import LevelMap
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import make_visibility
 
 _LOGITS_PER_STEP = 2**20
 
@@ -84,12 +84,12 @@ def means(query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap, 
     log_count = jnp.log(block_lengths(key.shape[1], level))
     key, value = (block_mean(array, level).astype(query.dtype) for array in (key, value))
     levels = LevelMap(levels.levels, levels.query_block_size, levels.key_block_size // level)
-    return attend_tiles(
+    return attend_levels(
         query,
         key,
         value,
         levels,
-        make_visibility(query, key, is_causal=False),
+        whole_rows(query, key, block_size=levels.key_block_size, is_causal=False),
         scale=scale,
         level=level,
         key_log_weight=jnp.broadcast_to(log_count[None, :, None], (*key.shape[:2], 1)),

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import NOWHERE, Blocks
 from sparse_attn.grammar.describe import split_blocks
-from sparse_attn.visibility import NOWHERE, Visibility
 
 
 def dot(query: jax.Array, key: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def softmax(scores: jax.Array, can_choose: jax.Array | None = None) -> jax.Array
 def exact_blocks(
     query: jax.Array,
     key: jax.Array,
-    visibility: Visibility,
+    blocks: Blocks,
     *,
     query_block_size: int,
     key_block_size: int,
@@ -58,7 +58,7 @@ def exact_blocks(
     Args:
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]`.
-      visibility: who sees whom.
+      blocks: who sees whom.
       query_block_size: tokens in a query block.
       key_block_size: tokens in a key block.
       scale: factor of the logits.
@@ -72,7 +72,7 @@ def exact_blocks(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     key = jnp.pad(key.astype(dtype), ((0, 0), (0, -num_keys % key_block_size), (0, 0), (0, 0)))
     position = jnp.pad(
-        visibility.position, ((0, 0), (0, -num_keys % key_block_size), (0, 0)), constant_values=NOWHERE
+        blocks.key_position(), ((0, 0), (0, -num_keys % key_block_size), (0, 0)), constant_values=NOWHERE
     ).swapaxes(1, 2)  # [batch, kv_heads or 1, keys]
     is_mass = log_sum_exp is not None
     subtracted = log_sum_exp if log_sum_exp is not None else jnp.zeros((batch, num_queries, num_heads), dtype)
@@ -89,11 +89,10 @@ def exact_blocks(
             return jnp.where(is_seen, jnp.exp(logits - subtracted), 0).reshape(shape).sum((2, 4))
         return jnp.where(is_seen, logits, -jnp.inf).reshape(shape).max((2, 4))  # [batch, heads, key_blocks]
 
-    blocks = [
-        split_blocks(array, query_block_size).swapaxes(0, 1)
-        for array in (query, visibility.start, visibility.stop, subtracted)
+    tiles = [
+        split_blocks(array, query_block_size).swapaxes(0, 1) for array in (query, blocks.start, blocks.stop, subtracted)
     ]
-    return jnp.moveaxis(jax.lax.map(score_block, tuple(blocks)), 0, 2)
+    return jnp.moveaxis(jax.lax.map(score_block, tuple(tiles)), 0, 2)
 
 
 def peaks(query: jax.Array, key: jax.Array, *, query_block_size: int, key_block_size: int, scale: float) -> jax.Array:

@@ -19,16 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import Arrays, Results
 from pallas_kernels.schedule import Schedule, make_schedule
-from sparse_attn import derivatives, reference
-from sparse_attn.derivatives import Arrays, Results
-from sparse_attn.layout import Layout
+from sparse_attn.attend.choice import PerQuery
+from sparse_attn.attend.derivatives import output_gradient
+from sparse_attn.attend.partial import merge_stacked
 from sparse_attn.loops import at_least, heads_per_step, loop_bound, map_heads
-from sparse_attn.merge import merge_partials
 from sparse_attn.sharding import vary_alike
-
-Choice = tuple[jax.Array, Layout]
-"""Chosen blocks, int32 `[batch, heads, queries, top_k]`, and the geometry of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,76 +45,39 @@ class Sizes:
     pairs_per_step: int = 2048
     logits_per_step: int = 65536
     rows_per_chunk: int = 4096
-    elements_per_step: int | None = None
+    elements_per_step: int = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class PerQuery:
-    """The backend: attention of every query over its own list of blocks."""
-
-    scale: float
-    sizes: Sizes = Sizes()
-
-    @property
-    def has_effects(self) -> bool:
-        return False
-
-    def choice_axes(self, choice: Choice) -> tuple[str, str]:
-        del choice
-        return "bh", "b"
-
-    def forward(self, arrays: Arrays, choice: Choice) -> Results:
-        """Output, float32, and log-sum-exp."""
-        query, key, _ = arrays
-        plan = _make_plan(query, key, choice, self)
-        heads = _split_heads(arrays, choice, plan)
-        output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
-        kv_heads = key.shape[2]
-        output = _join_rows(output, query.shape, kv_heads)  # [batch, queries, heads, head_dim]
-        return output, _join_rows(log_sum_exp[..., None], query.shape, kv_heads)[..., 0]
-
-    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results) -> Arrays:
-        """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO.
-
-        delta = sum(dO O) - dL, where dL is the gradient of the log-sum-exp. FlashAttention-2 (arXiv 2307.08691),
-        section 2. O comes in float32: delta from a rounded O makes dQ and dK of 16-bit inputs two to three times as
-        wrong where logits are large.
-        """
-        query, key, _ = arrays
-        (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
-        d_output = d_output.astype(query.dtype)
-        delta = (d_output.astype(output.dtype) * output).sum(-1) - d_log_sum_exp  # [batch, queries, heads]
-        plan = _make_plan(query, key, choice, self)
-        kv_heads = key.shape[2]
-        rows = [_split_rows(x, kv_heads, plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
-        inputs = (_split_heads(arrays, choice, plan), rows[0], rows[1][..., 0], rows[2][..., 0])
-        differentiate_head = functools.partial(_differentiate_head, plan=plan)
-        d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
-
-        def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, head_dim] -> like key
-            batch, num_keys, _, head_dim = key.shape
-            gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, head_dim)
-            return gradient.swapaxes(1, 2).astype(key.dtype)
-
-        return _join_rows(d_query, query.shape, kv_heads), join_keys(d_key), join_keys(d_value)
-
-    def dense(self, arrays: Arrays, choice: Choice) -> Results:
-        return reference.attend(*arrays, *choice, scale=self.scale)
+def forward(arrays: Arrays, choice: PerQuery, scale: float, sizes: Sizes) -> Results:
+    """Output, float32, and log-sum-exp."""
+    query, key, _ = arrays
+    plan = _make_plan(query, key, choice, scale, sizes)
+    heads = _split_heads(arrays, choice, plan)
+    output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
+    kv_heads = key.shape[2]
+    output = _join_rows(output, query.shape, kv_heads)  # [batch, queries, heads, value_head_dim]
+    return output, _join_rows(log_sum_exp[..., None], query.shape, kv_heads)[..., 0]
 
 
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    indices: jax.Array,
-    layout: Layout,
-    *,
-    scale: float,
-    sizes: Sizes = Sizes(),
-) -> tuple[jax.Array, jax.Array]:
-    """Same as `reference.attend`."""
-    output, log_sum_exp = derivatives.attend(PerQuery(scale, sizes), (query, key, value), (indices, layout))
-    return output.astype(query.dtype), log_sum_exp
+def backward(
+    arrays: Arrays, choice: PerQuery, results: Results, cotangents: Results, scale: float, sizes: Sizes
+) -> Arrays:
+    """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+    query, key, value = arrays
+    plan = _make_plan(query, key, choice, scale, sizes)
+    kv_heads = key.shape[2]
+    d_output, delta = output_gradient(arrays, results, cotangents)
+    rows = [_split_rows(x, kv_heads, plan) for x in (d_output, results[1][..., None], delta[..., None])]
+    inputs = (_split_heads(arrays, choice, plan), rows[0], rows[1][..., 0], rows[2][..., 0])
+    differentiate_head = functools.partial(_differentiate_head, plan=plan)
+    d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
+
+    def join_keys(gradient: jax.Array, like: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, x]
+        batch, num_keys, _, size = like.shape
+        gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, size)
+        return gradient.swapaxes(1, 2).astype(like.dtype)
+
+    return _join_rows(d_query, query.shape, kv_heads), join_keys(d_key, key), join_keys(d_value, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +101,7 @@ class _Head(NamedTuple):
     indices: jax.Array  # [chunks, chunk_rows, top_k]
     key_stop: jax.Array  # [chunks, chunk_rows]
     key: jax.Array  # [keys + block_size, head_dim], in block order, zeros behind the end
-    value: jax.Array  # [keys + block_size, head_dim]
+    value: jax.Array  # [keys + block_size, value_head_dim]
     block_start: jax.Array  # [blocks]
     block_length: jax.Array  # [blocks]
 
@@ -158,12 +118,11 @@ class _Tiles(NamedTuple):
     logits: jax.Array  # [i, t, m], -inf where masked
 
 
-def _make_plan(query: jax.Array, key: jax.Array, choice: Choice, backend: PerQuery) -> _Plan:
-    indices, layout = choice
-    sizes, (batch, _, num_queries, top_k) = backend.sizes, indices.shape
+def _make_plan(query: jax.Array, key: jax.Array, choice: PerQuery, scale: float, sizes: Sizes) -> _Plan:
+    blocks, (batch, _, num_queries, top_k) = choice.blocks, choice.indices.shape
     kv_heads, head_dim = key.shape[2:]
     group = query.shape[2] // kv_heads
-    full_blocks = -(-layout.num_keys // layout.block_size)
+    full_blocks = blocks.max_choices
     # At least two of the largest tiles a block and chunk on average, so that half-empty tiles stay few.
     rows = at_least(sizes.rows_per_chunk, 2 * sizes.tile_sizes[0] * full_blocks // top_k)
     if isinstance(num_queries, int):
@@ -177,16 +136,16 @@ def _make_plan(query: jax.Array, key: jax.Array, choice: Choice, backend: PerQue
         pairs_per_block = chunk_rows * top_k // full_blocks
         tile_size = next((size for size in sizes.tile_sizes if 2 * size <= pairs_per_block), sizes.tile_sizes[-1])
     heads = heads_per_step(batch * kv_heads, chunk_rows * top_k * head_dim, sizes.elements_per_step)
-    tiles_per_step = sizes.logits_per_step // (tile_size * layout.block_size), sizes.pairs_per_step // tile_size
+    tiles_per_step = sizes.logits_per_step // (tile_size * blocks.block_size), sizes.pairs_per_step // tile_size
     return _Plan(
-        block_size=layout.block_size,
+        block_size=blocks.block_size,
         chunk_rows=chunk_rows,
         num_chunks=num_chunks,
         tile_size=tile_size,
         tiles_per_step=max(min(tiles_per_step) // heads, 1),
         heads_per_step=heads,
-        is_packed=layout.key_order is not None,
-        scale=backend.scale,
+        is_packed=blocks.is_packed,
+        scale=scale,
     )
 
 
@@ -208,29 +167,27 @@ def _join_rows(array: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.A
     return array.swapaxes(1, 2).reshape(batch, num_queries, num_heads, size)
 
 
-def _split_heads(arrays: Arrays, choice: Choice, plan: _Plan) -> _Head:
+def _split_heads(arrays: Arrays, choice: PerQuery, plan: _Plan) -> _Head:
     """One entry for each key/value head of each batch row, along a new leading axis [batch * kv_heads]."""
-    (query, key, value), (indices, layout) = arrays, choice
-    batch, num_keys, kv_heads, head_dim = key.shape
+    (query, key, value), blocks = arrays, choice.blocks
+    batch, num_keys, kv_heads, _ = key.shape
     num_heads = query.shape[2]
 
     def split_keys(array: jax.Array) -> jax.Array:
-        array = array.swapaxes(1, 2).reshape(batch * kv_heads, num_keys, head_dim)
+        array = array.swapaxes(1, 2).reshape(batch * kv_heads, num_keys, -1)
         return jnp.pad(array, ((0, 0), (0, plan.block_size), (0, 0)))
 
-    # A block outside the query's reach holds nothing for it. Ids are shifted by one so that padding means "none".
-    block = indices.transpose(0, 2, 1, 3)  # [batch, queries, heads, top_k]
-    in_reach = (layout.first_block[..., None, None] <= block) & (block <= layout.last_block[..., None, None])
-    block = _split_rows(jnp.where(in_reach, block + 1, 0), kv_heads, plan) - 1
-    key_stop = jnp.broadcast_to(layout.key_stop[..., None, None], (*query.shape[:2], num_heads, 1))
+    # Ids are shifted by one so that padding means "none".
+    indices = blocks.reachable(choice.indices).swapaxes(1, 2)  # [batch, queries, heads, top_k]
+    key_stop = jnp.broadcast_to(blocks.stop[..., None, None], (*query.shape[:2], num_heads, 1))
     return _Head(
         query=_split_rows(query, kv_heads, plan),
-        indices=block,
+        indices=_split_rows(indices + 1, kv_heads, plan) - 1,
         key_stop=_split_rows(key_stop, kv_heads, plan)[..., 0],
         key=split_keys(key),
         value=split_keys(value),
-        block_start=jnp.repeat(layout.block_start, kv_heads, axis=0),
-        block_length=jnp.repeat(layout.block_length, kv_heads, axis=0),
+        block_start=jnp.repeat(blocks.block_start, kv_heads, axis=0),
+        block_length=jnp.repeat(blocks.block_length, kv_heads, axis=0),
     )
 
 
@@ -299,8 +256,8 @@ def _add_windows(array: jax.Array, start: jax.Array, new: jax.Array) -> jax.Arra
 
 
 def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
-    """Output `[chunks, chunk_rows, head_dim]` and log-sum-exp `[chunks, chunk_rows]`, float32."""
-    head_dim = head.query.shape[-1]
+    """Output `[chunks, chunk_rows, value_head_dim]` and log-sum-exp `[chunks, chunk_rows]`, float32."""
+    head_dim = head.value.shape[-1]
     accumulator = jnp.promote_types(head.query.dtype, jnp.float32)
 
     def attend_chunk(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -327,7 +284,7 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
         empty = jnp.zeros((num_pairs, head_dim), accumulator), jnp.full(num_pairs, -jnp.inf, accumulator)
         empty = vary_alike(empty, rows)
         outputs, log_sum_exps = jax.lax.fori_loop(0, _num_steps(schedule, plan), attend_tiles, empty)
-        return merge_partials(outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1)
+        return merge_stacked(outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1)
 
     return jax.lax.map(attend_chunk, (head.query, head.indices, head.key_stop))
 
@@ -335,7 +292,7 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
 def _differentiate_head(
     head: _Head, d_output: jax.Array, log_sum_exp: jax.Array, delta: jax.Array, plan: _Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, like them; d_output `[chunks, chunk_rows, head_dim]`, the rest without d."""
+    """Gradients of query, key and value; d_output `[chunks, chunk_rows, value_head_dim]`, the rest one number a row."""
     accumulator = log_sum_exp.dtype
 
     def differentiate_chunk(carry: tuple[jax.Array, jax.Array], inputs: tuple) -> tuple[tuple, jax.Array]:
@@ -363,7 +320,7 @@ def _differentiate_head(
         d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
         return tuple(carry), d_query.astype(query.dtype)
 
-    empty = vary_alike(jnp.zeros(head.key.shape, accumulator), head.key)
+    empty = vary_alike(tuple(jnp.zeros(array.shape, accumulator) for array in (head.key, head.value)), head.key)
     chunks = (head.query, head.indices, head.key_stop, d_output, log_sum_exp, delta)
-    (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, (empty, empty), chunks)
+    (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, empty, chunks)
     return d_query, d_key, d_value

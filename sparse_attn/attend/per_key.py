@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from sparse_attn.attend.partial import Partial
 from sparse_attn.grammar.describe import split_blocks
-from sparse_attn.merge import Partial
 
 _GATHERED_PER_STEP = 2**20  # bounds the elements of the keys gathered at a time
 

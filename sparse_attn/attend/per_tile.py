@@ -1,11 +1,9 @@
-"""Exact attention where all queries of a tile chose the same key blocks: query-tile-major, in plain XLA.
-
-On a TPU the kernels of `pallas_kernels/tpu` take over, as far as they can do the call.
+"""Exact attention where all queries of a tile chose the same key blocks, in plain XLA.
 
 Every query tile walks the list of its own blocks with a running maximum (online softmax): one step is a dense
 [query_block_size, head_dim] x [head_dim, key_block_size] product for each of a few tiles at once. No sort and no
 partial results: this is the cheaper order of work when the choice was made per tile, as in most prefill systems, and
-the wrong one when every token chose for itself (`sparse_attn.xla`).
+the wrong one when every token chose for itself (`sparse_attn.attend.per_query`).
 
 The backward pass recomputes the probabilities from the log-sum-exp and walks the same lists; dK and dV are added up
 block by block in the order of the tiles, so the same bits come out twice on a CPU.
@@ -13,7 +11,6 @@ block by block in the order of the tiles, so the same bits come out twice on a C
 Names of einsum axes: c tiles of a step, t queries of a tile, m keys of a block, d head_dim.
 """
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -21,150 +18,58 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_attn import derivatives, reference
-from sparse_attn.derivatives import Arrays, Results
+from pallas_kernels.blocks import NOWHERE, Arrays, Results
+from sparse_attn.attend.choice import PerTile
+from sparse_attn.attend.derivatives import output_gradient
+from sparse_attn.attend.partial import Partial
 from sparse_attn.loops import heads_per_step, loop_bound, map_heads
-from sparse_attn.merge import Partial, as_partial
-from sparse_attn.selection import LevelMap
 from sparse_attn.sharding import vary_alike
-from sparse_attn.visibility import NOWHERE, Visibility, visible_blocks, zero_unseen
-
-
-class Choice(NamedTuple):
-    """What is attended."""
-
-    chosen: jax.Array  # bool [batch, heads, query_blocks, key_blocks]
-    visibility: Visibility
-    key_log_weight: jax.Array  # float32 [batch, keys, kv_heads or 1]
 
 
 @dataclasses.dataclass(frozen=True)
-class PerTile:
-    """The backend: attention of every tile of queries over its own list of blocks.
+class Sizes:
+    """What bounds the steps of the loops.
 
     Attributes:
-      query_block_size: queries in a tile.
-      key_block_size: keys in a block.
-      scale: factor of the logits.
       logits_per_step: bounds the logits of a step, so that they stay in the second-level cache.
       elements_per_step: bounds the heads side by side, see `heads_per_step`.
     """
 
-    query_block_size: int
-    key_block_size: int
-    scale: float
     logits_per_step: int = 2**17
-    elements_per_step: int | None = None
-
-    @property
-    def has_effects(self) -> bool:
-        return False
-
-    def choice_axes(self, choice: Choice) -> Any:
-        def of_keys(array: jax.Array) -> str:
-            return "b.k" if array.shape[2] > 1 else "b"
-
-        axes: Any = ("b", "b", of_keys(choice.visibility.position))
-        axes = ("bh", Visibility(*axes), of_keys(choice.key_log_weight))
-        return Choice(*axes)
-
-    def forward(self, arrays: Arrays, choice: Choice) -> Results:
-        """Output and log-sum-exp, float32."""
-        query, key, _ = arrays
-        plan = _make_plan(query, key, self)
-        attend_head = functools.partial(_attend_head, plan=plan)
-        operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
-        output, log_sum_exp = map_heads(attend_head, operands, plan.heads_per_step)
-        return _join_tiles(output, query.shape, plan), _join_tiles(log_sum_exp[..., None], query.shape, plan)[..., 0]
-
-    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results) -> Arrays:
-        """As in `sparse_attn.xla`."""
-        query, key, _ = arrays
-        (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
-        d_output = d_output.astype(query.dtype)
-        delta = (d_output.astype(output.dtype) * output).sum(-1) - d_log_sum_exp  # [batch, queries, heads]
-        plan = _make_plan(query, key, self)
-        log_sum_exp = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp)
-        rows = [_split_queries(x, key.shape[2], plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
-        operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
-        inputs = (*operands, rows[0], rows[1][..., 0], rows[2][..., 0])
-        differentiate_head = functools.partial(_differentiate_head, plan=plan)
-        d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
-
-        def join_keys(gradient: jax.Array) -> jax.Array:  # [batch * kv_heads, key_blocks, m, d] -> like key
-            batch, num_keys, kv_heads, head_dim = key.shape
-            gradient = gradient.reshape(batch, kv_heads, -1, head_dim)[:, :, :num_keys]
-            return gradient.swapaxes(1, 2).astype(key.dtype)
-
-        return _join_tiles(d_query, query.shape, plan).astype(query.dtype), join_keys(d_key), join_keys(d_value)
-
-    def dense(self, arrays: Arrays, choice: Choice) -> Results:
-        query, key, value = arrays
-        chosen, (start, stop, position), key_log_weight = choice
-        chosen = chosen.repeat(self.query_block_size, 2)[:, :, : query.shape[1]]
-        chosen = chosen.repeat(self.key_block_size, 3)[..., : key.shape[1]]  # [batch, heads, queries, keys]
-        position = position.swapaxes(1, 2)[:, :, None]  # [batch, kv_heads or 1, 1, keys]
-        is_seen = (start[:, None, :, None] <= position) & (position < stop[:, None, :, None])
-        mask = chosen & is_seen.repeat(query.shape[2] // is_seen.shape[1], axis=1)
-        return reference.masked_attention(query, key, value, mask, scale=self.scale, key_log_weight=key_log_weight)
+    elements_per_step: int = 2**20
 
 
-def attend_tiles(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    levels: LevelMap,
-    visibility: Visibility,
-    *,
-    scale: float,
-    level: int = 1,
-    key_log_weight: jax.Array | None = None,
-    **sizes: int,
-) -> Partial:
-    """Softmax attention of every query over the visible keys of the blocks that its tile has at `level`.
+def forward(arrays: Arrays, choice: PerTile, scale: float, sizes: Sizes) -> Results:
+    """Output and log-sum-exp, float32."""
+    query, key, _ = arrays
+    plan = _make_plan(query, key, choice, scale, sizes)
+    attend_head = functools.partial(_attend_head, plan=plan)
+    operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
+    output, log_sum_exp = map_heads(attend_head, operands, plan.heads_per_step)
+    return _join_tiles(output, query.shape, plan), _join_tiles(log_sum_exp[..., None], query.shape, plan)[..., 0]
 
-    logits = scale q k + key_log_weight. Gradients flow to query, key and value; softmax and sums are float32.
-    Source: FlashAttention-2 (arXiv 2307.08691), sections 2 and 3, over a list of blocks.
 
-    Args:
-      query: `[batch, queries, heads, head_dim]`.
-      key: `[batch, keys, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
-      value: shaped like key.
-      levels: the choice; its sizes must cover the queries and keys.
-      visibility: which keys a query may see inside chosen blocks.
-      scale: factor of the logits.
-      level: the level of the map that is attended here.
-      key_log_weight: float32 `[batch, keys, kv_heads]`, natural logarithm of how many times a key counts; no gradient.
-      sizes: those of `PerTile`.
+def backward(
+    arrays: Arrays, choice: PerTile, results: Results, cotangents: Results, scale: float, sizes: Sizes
+) -> Arrays:
+    """As in `sparse_attn.attend.per_query`."""
+    query, key, value = arrays
+    plan = _make_plan(query, key, choice, scale, sizes)
+    d_output, delta = output_gradient(arrays, results, cotangents)
+    log_sum_exp = jnp.where(jnp.isneginf(results[1]), 0, results[1])
+    rows = [_split_queries(x, key.shape[2], plan) for x in (d_output, log_sum_exp[..., None], delta[..., None])]
+    operands = _split_tiles(query, choice, key.shape[2], plan), _split_keys(arrays, choice, plan)
+    inputs = (*operands, rows[0], rows[1][..., 0], rows[2][..., 0])
+    differentiate_head = functools.partial(_differentiate_head, plan=plan)
+    d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
 
-    Raises:
-      ValueError: levels does not fit the arrays.
-    """
-    batch, num_queries, num_heads, _ = query.shape
-    num_keys = key.shape[1]
-    query_block, key_block = levels.query_block_size, levels.key_block_size
-    expected = (batch, num_heads, -(-num_queries // query_block), -(-num_keys // key_block))
-    if levels.levels.shape != expected:
-        raise ValueError(
-            f"levels must be [batch, heads, query_blocks, key_blocks] = {expected}, got {levels.levels.shape}"
-        )
-    query, key, value = zero_unseen(query, key, value, visibility)
-    chosen = (levels.levels == level) & visible_blocks(visibility, query_block, key_block).repeat(
-        num_heads // visibility.position.shape[2], axis=1
-    )
-    query_block, key_block = min(query_block, num_queries), min(key_block, num_keys)
-    if jax.default_backend() == "tpu" and key_log_weight is None:
-        from sparse_attn import pallas  # here, so that the library does without Pallas where there are no kernels
+    def join_keys(gradient: jax.Array, like: jax.Array) -> jax.Array:  # [batch * kv_heads, key_blocks, m, x] -> like
+        batch, num_keys, kv_heads, size = like.shape
+        gradient = gradient.reshape(batch, kv_heads, -1, size)[:, :, :num_keys]
+        return gradient.swapaxes(1, 2).astype(like.dtype)
 
-        with contextlib.suppress(NotImplementedError):
-            return as_partial(
-                *pallas.attend_tiles(query, key, value, chosen, visibility, query_block, key_block, scale)
-            )
-    if key_log_weight is None:
-        key_log_weight = jnp.zeros((batch, num_keys, 1), jnp.float32)
-    choice = Choice(chosen, visibility, jax.lax.stop_gradient(key_log_weight))
-    backend = PerTile(query_block, key_block, scale, **sizes)
-    return as_partial(*derivatives.attend(backend, (query, key, value), choice))
+    d_query = _join_tiles(d_query, query.shape, plan).astype(query.dtype)
+    return d_query, join_keys(d_key, key), join_keys(d_value, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +83,15 @@ class _Plan:
     scale: float
 
 
-def _make_plan(query: jax.Array, key: jax.Array, backend: PerTile) -> _Plan:
+def _make_plan(query: jax.Array, key: jax.Array, choice: PerTile, scale: float, sizes: Sizes) -> _Plan:
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    query_block, key_block = backend.query_block_size, backend.key_block_size
+    query_block, key_block = choice.query_block_size, choice.blocks.block_size
     tiles = -(-num_queries // query_block) * num_heads // kv_heads
-    tiles_per_step = max(1, min(backend.logits_per_step // (query_block * key_block), tiles))
+    tiles_per_step = max(1, min(sizes.logits_per_step // (query_block * key_block), tiles))
     elements = tiles_per_step * query_block * max(key_block, head_dim)
-    heads = heads_per_step(batch * kv_heads, elements, backend.elements_per_step)
-    return _Plan(query_block, key_block, tiles_per_step, heads, backend.scale)
+    heads = heads_per_step(batch * kv_heads, elements, sizes.elements_per_step)
+    return _Plan(query_block, key_block, tiles_per_step, heads, scale)
 
 
 class _Tiles(NamedTuple):
@@ -205,7 +110,7 @@ class _Keys(NamedTuple):
     key: jax.Array  # [key_blocks, m, d]
     value: jax.Array  # [key_blocks, m, d]
     position: jax.Array  # [key_blocks, m]
-    log_weight: jax.Array  # [key_blocks, m]
+    log_weight: jax.Array | None  # [key_blocks, m]
 
 
 def _split_queries(array: jax.Array, kv_heads: int, plan: _Plan) -> jax.Array:
@@ -232,9 +137,9 @@ def _join_tiles(array: jax.Array, shape: tuple[int, ...], plan: _Plan) -> jax.Ar
     return array[:, :, :num_queries].swapaxes(1, 2)
 
 
-def _split_tiles(query: jax.Array, choice: Choice, kv_heads: int, plan: _Plan) -> _Tiles:
+def _split_tiles(query: jax.Array, choice: PerTile, kv_heads: int, plan: _Plan) -> _Tiles:
     batch, num_queries, num_heads, _ = query.shape
-    reach = jnp.stack([choice.visibility.start, choice.visibility.stop], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
+    reach = jnp.stack([choice.blocks.start, choice.blocks.stop], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
     reach = _split_queries(jnp.broadcast_to(reach, (batch, num_queries, num_heads, 2)), kv_heads, plan)
     chosen = choice.chosen.reshape(batch * kv_heads, -1, choice.chosen.shape[-1])  # [.., tiles, key_blocks]
     chosen = jnp.pad(chosen, ((0, 0), (0, -chosen.shape[1] % plan.tiles_per_step), (0, 0)))
@@ -247,9 +152,9 @@ def _split_tiles(query: jax.Array, choice: Choice, kv_heads: int, plan: _Plan) -
     )
 
 
-def _split_keys(arrays: Arrays, choice: Choice, plan: _Plan) -> _Keys:
+def _split_keys(arrays: Arrays, choice: PerTile, plan: _Plan) -> _Keys:
     """One entry for each key/value head of each batch row."""
-    _, key, value = arrays
+    (_, key, value), log_weight = arrays, choice.key_log_weight
     batch, num_keys, kv_heads, _ = key.shape
 
     def split(array: jax.Array, fill: int = 0) -> jax.Array:  # [batch, keys, kv_heads or 1, x]
@@ -261,8 +166,8 @@ def _split_keys(arrays: Arrays, choice: Choice, plan: _Plan) -> _Keys:
     return _Keys(
         key=split(key),
         value=split(value),
-        position=split(choice.visibility.position[..., None], NOWHERE)[..., 0],
-        log_weight=split(choice.key_log_weight[..., None])[..., 0],
+        position=split(choice.blocks.key_position()[..., None], NOWHERE)[..., 0],
+        log_weight=None if log_weight is None else split(log_weight[..., None])[..., 0],
     )
 
 
@@ -270,7 +175,9 @@ def _load(step: jax.Array, tiles: _Tiles, keys: _Keys, plan: _Plan) -> tuple[jax
     """The blocks `[c]` at place `step` of the lists, their keys and values `[c, m, d]`, and the logits `[c, t, m]`."""
     block = tiles.block[:, step]
     key, value, position = keys.key[block], keys.value[block], keys.position[block]
-    logits = plan.scale * _product("ctd,cmd->ctm", tiles.query, key) + keys.log_weight[block][:, None]
+    logits = plan.scale * _product("ctd,cmd->ctm", tiles.query, key)
+    if keys.log_weight is not None:
+        logits += keys.log_weight[block][:, None]
     position = position[:, None, :]
     is_seen = (tiles.start[..., None] <= position) & (position < tiles.stop[..., None])
     is_seen &= (step < tiles.length)[:, None, None]
@@ -302,8 +209,9 @@ def _attend_head(tiles: _Tiles, keys: _Keys, plan: _Plan) -> tuple[jax.Array, ja
             product = _product("ctm,cmd->ctd", weight.astype(value.dtype), value)
             return new_maximum, decay * total + weight.sum(-1), decay[..., None] * accumulator + product
 
-        shape = tiles.query.shape
-        empty = jnp.full(shape[:2], -jnp.inf, dtype), jnp.zeros(shape[:2], dtype), jnp.zeros(shape, dtype)
+        shape = tiles.query.shape[:2]
+        accumulator = jnp.zeros((*shape, keys.value.shape[-1]), dtype)
+        empty = jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype), accumulator
         empty = vary_alike(empty, tiles)
         partial = Partial(*jax.lax.fori_loop(0, loop_bound(tiles.length.max()), extend, empty))
         return partial.output(), partial.log_sum_exp()
@@ -337,7 +245,7 @@ def _differentiate_head(
         *carry, d_query = jax.lax.fori_loop(0, loop_bound(tiles.length.max()), extend, (*carry, empty))
         return tuple(carry), d_query
 
-    empty = vary_alike(jnp.zeros(keys.key.shape, dtype), keys)
+    empty = vary_alike(tuple(jnp.zeros(array.shape, dtype) for array in (keys.key, keys.value)), keys)
     chunks = _chunks((tiles, d_output, log_sum_exp, delta), plan)
-    (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, (empty, empty), chunks)
+    (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, empty, chunks)
     return d_query, d_key, d_value

@@ -1,7 +1,7 @@
-"""The router without its table: means of blocks, scores and the best blocks, a piece at a time.
+"""The router without its table: means of blocks, scores and the best blocks, a step at a time.
 
 The scores of all queries against all blocks grow with the square of the sequence, so a chunk of queries goes through
-the blocks a stretch at a time and keeps its best so far. Only stretches that some query of the chunk may see are
+the blocks a few at a time and keeps its best so far. Only steps that some query of the chunk may see are
 visited, which halves the causal work and keeps packed batches cheap, whose tables of blocks are mostly empty.
 """
 
@@ -11,31 +11,31 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sparse_attn.layout import Layout
+from pallas_kernels.blocks import Blocks
 from sparse_attn.loops import at_most, heads_per_step, loop_bound, map_heads
-from sparse_attn.sharding import over_auto_axes, vary_alike
+from sparse_attn.sharding import vary_alike
 
 
-def block_means(key: jax.Array, layout: Layout) -> jax.Array:
+def block_means(key: jax.Array, blocks: Blocks) -> jax.Array:
     """Mean key of every block, added up in float32: sum of its keys / their number.
 
     Args:
       key: `[batch, keys, kv_heads, head_dim]` in block order, padding zero.
-      layout: geometry of the batch.
+      blocks: geometry of the batch.
 
     Returns:
       float32 (float64 for float64) `[batch, blocks, kv_heads, head_dim]`; zero for a block that does not exist.
     """
     key = key.astype(jnp.promote_types(key.dtype, jnp.float32))
     batch, num_keys, kv_heads, head_dim = key.shape
-    if layout.key_order is None:
-        padding = layout.num_blocks * layout.block_size - num_keys
-        blocks = jnp.pad(key, ((0, 0), (0, padding), (0, 0), (0, 0)))
-        total = blocks.reshape(batch, layout.num_blocks, layout.block_size, kv_heads, head_dim).sum(2)
+    if not blocks.is_packed:
+        padding = blocks.num_blocks * blocks.block_size - num_keys
+        padded = jnp.pad(key, ((0, 0), (0, padding), (0, 0), (0, 0)))
+        total = padded.reshape(batch, blocks.num_blocks, blocks.block_size, kv_heads, head_dim).sum(2)
     else:
-        add_up = functools.partial(jax.ops.segment_sum, num_segments=layout.num_blocks, indices_are_sorted=True)
-        total = jax.vmap(add_up)(key, layout.block_of_key())
-    return total / jnp.maximum(layout.block_length, 1)[..., None, None]
+        add_up = functools.partial(jax.ops.segment_sum, num_segments=blocks.num_blocks, indices_are_sorted=True)
+        total = jax.vmap(add_up)(key, blocks.block_of_key())
+    return total / jnp.maximum(blocks.block_length, 1)[..., None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +50,18 @@ class Sizes:
 
     rows_per_chunk: int = 2048
     blocks_per_step: int = 128
-    elements_per_step: int | None = None
+    elements_per_step: int = 2**20
 
 
-def route(
-    query: jax.Array,
-    key: jax.Array,
-    layout: Layout,
-    *,
-    top_k: int,
-    is_causal: bool,
-    sizes: Sizes = Sizes(),
-) -> jax.Array:
+def route(query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool, sizes: Sizes) -> jax.Array:
     """Same as `reference.route`."""
-    call = functools.partial(_route, top_k=top_k, is_causal=is_causal, sizes=sizes)
-    operands = vary_alike((query, key, layout))
-    return over_auto_axes(call, operands, ("b.h", "b.k", "b"), "bh", group=query.shape[2] // key.shape[2])
-
-
-def _route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_causal: bool, sizes: Sizes) -> jax.Array:
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
     group = num_heads // kv_heads
-    means = block_means(key, layout)
-    step_blocks = at_most(max(sizes.blocks_per_step, top_k), layout.num_blocks)
-    whole_steps = (layout.num_blocks + step_blocks - 1) // step_blocks * step_blocks
-    means = jnp.pad(means, ((0, 0), (0, whole_steps - layout.num_blocks), (0, 0), (0, 0)))
+    means = block_means(key, blocks)
+    step_blocks = at_most(max(sizes.blocks_per_step, top_k), blocks.num_blocks)
+    whole_steps = (blocks.num_blocks + step_blocks - 1) // step_blocks * step_blocks
+    means = jnp.pad(means, ((0, 0), (0, whole_steps - blocks.num_blocks), (0, 0), (0, 0)))
     means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
 
     # Rows are (query, head of the group), query-major, for one key/value head of one batch row.
@@ -89,7 +75,7 @@ def _route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_c
         array = jnp.pad(array, ((0, 0), (0, num_chunks * chunk_rows - rows), (0, 0)), constant_values=fill)
         return array.reshape(batch * kv_heads, num_chunks, chunk_rows, -1)
 
-    reach = jnp.stack([layout.first_block, layout.last_block], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
+    reach = jnp.stack([blocks.first_block, blocks.last_block], axis=-1)[:, :, None]  # [batch, queries, 1, 2]
     reach = jnp.broadcast_to(reach, (batch, num_queries, num_heads, 2))
 
     def route_chunk(means: jax.Array, query: jax.Array, reach: jax.Array) -> jax.Array:
@@ -109,7 +95,7 @@ def _route(query: jax.Array, key: jax.Array, layout: Layout, *, top_k: int, is_c
             return score, jnp.take_along_axis(block, place, axis=1)
 
         is_reached = first <= last
-        begin = jnp.where(is_reached, first, layout.num_blocks).min() // step_blocks
+        begin = jnp.where(is_reached, first, blocks.num_blocks).min() // step_blocks
         end = jnp.where(is_reached, last, -1).max() // step_blocks + 1
         empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
         empty = vary_alike(empty, query)

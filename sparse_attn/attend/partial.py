@@ -51,13 +51,34 @@ def as_partial(output: jax.Array, log_sum_exp: jax.Array) -> Partial:
     return Partial(log_sum_exp, total, output.astype(log_sum_exp.dtype))
 
 
-def merge_partials(outputs: jax.Array, log_sum_exp: jax.Array, *, axis: int = 0) -> tuple[jax.Array, jax.Array]:
+def merge_partials(*partials: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Joins softmax attention over disjoint sets of keys into attention over their union.
 
     With o_i = softmax(x_i) v_i over set i and L_i = log(sum(exp(x_i))), the union gives
     L = log(sum_i exp(L_i)) and o = sum_i exp(L_i - L) o_i. A set that is empty for a query has L_i = -inf and counts
     for nothing; where all are empty the output is zero and L = -inf. Source: FlashAttention-2 (arXiv 2307.08691),
     section 3.1.
+
+    Args:
+      partials: pairs of an output `[..., head_dim]` and its log-sum-exp `[...]` (natural logarithm), all of the same
+        shapes: what `block_sparse_attention(..., return_residual=True)` gives.
+
+    Returns:
+      The merged output and its log-sum-exp, of the same shapes.
+
+    Raises:
+      ValueError: there is no pair, or shapes differ.
+    """
+    shapes = {(output.shape, (*log_sum_exp.shape, output.shape[-1])) for output, log_sum_exp in partials}
+    if len(shapes) != 1 or len(set(shapes.pop())) != 1:
+        given = [(output.shape, log_sum_exp.shape) for output, log_sum_exp in partials]
+        raise ValueError(f"partials must be pairs of [..., head_dim] and [...] of the same shapes, got {given}")
+    outputs, log_sum_exps = (jnp.stack(arrays) for arrays in zip(*partials, strict=True))
+    return merge_stacked(outputs, log_sum_exps, axis=0)
+
+
+def merge_stacked(outputs: jax.Array, log_sum_exp: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
+    """`merge_partials` of parts along an axis.
 
     Args:
       outputs: `[..., parts, ..., head_dim]`, attention over each part, with the parts along `axis`.

@@ -1,0 +1,321 @@
+"""The backends, and the table of their names.
+
+    name            backend                                                      runs on
+    "reference"     `Reference`: dense masks, in plain JAX                       everything
+    "xla"           `Xla`: the sparse path in plain JAX, sized by platform       everything
+    "pallas"        `TpuKernels` or `TritonKernels`                              TPU; NVIDIA GPU
+    "mosaic"        `MosaicKernels`                                              Hopper GPU, jax 0.11 or newer
+    None            `TpuKernels` where they can do the call, else `Xla`          everything
+
+The GPU kernels have run on no GPU yet, so None does not take them.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blocks import Arrays, Blocks, Results
+from pallas_kernels.config import KEY_MAJOR, MOSAIC, TRITON, KeyMajorConfig, MosaicConfig, TritonConfig
+from sparse_attn import reference
+from sparse_attn.attend import per_query, per_tile, route
+from sparse_attn.attend.choice import Choice, PerQuery, PerTile
+from sparse_attn.attend.derivatives import Backend
+from sparse_attn.attend.platform import ByPlatform
+
+if TYPE_CHECKING:
+    from pallas_kernels.tpu.routing import RoutingConfig
+
+Name = Literal["reference", "xla", "pallas", "mosaic"]
+Implementation = Name | Backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Dense masks: `sparse_attn.reference`, with memory quadratic in the sequence."""
+
+    platforms: tuple[str, ...] | None = None
+    rounds_output = False
+    has_effects = False
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> None:
+        """It does every call."""
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> None:
+        """It does every call."""
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        return reference.route(query, key, blocks, top_k=top_k, is_causal=is_causal)
+
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
+        weight = choice.key_log_weight
+        return reference.masked_attention(*arrays, choice.mask(), scale=scale, key_log_weight=weight)
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
+        forward = functools.partial(self.forward, choice=choice, scale=scale)
+        return jax.vjp(forward, arrays)[1](cotangents)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """The sparse path in plain JAX. Its sizes bound the steps of the loops.
+
+    Attributes:
+      route_sizes: of the router.
+      per_query_sizes: of attention to choices made by every query.
+      per_tile_sizes: of attention to choices made per tile.
+      platforms: as in `Backend`.
+    """
+
+    route_sizes: route.Sizes = dataclasses.field(default_factory=route.Sizes)
+    per_query_sizes: per_query.Sizes = dataclasses.field(default_factory=per_query.Sizes)
+    per_tile_sizes: per_tile.Sizes = dataclasses.field(default_factory=per_tile.Sizes)
+    platforms: tuple[str, ...] | None = None
+    rounds_output = False
+    has_effects = False
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> None:
+        """It does every call."""
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> None:
+        """It does every call."""
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        return route.route(query, key, blocks, top_k, is_causal, self.route_sizes)
+
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
+        if isinstance(choice, PerQuery):
+            return per_query.forward(arrays, choice, scale, self.per_query_sizes)
+        return per_tile.forward(arrays, choice, scale, self.per_tile_sizes)
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
+        if isinstance(choice, PerQuery):
+            return per_query.backward(arrays, choice, results, cotangents, scale, self.per_query_sizes)
+        return per_tile.backward(arrays, choice, results, cotangents, scale, self.per_tile_sizes)
+
+
+# On a CPU a step should stay near the cache, elsewhere it should fill the machine.
+_LARGE = 2**26
+XLA = ByPlatform(
+    (
+        Xla(platforms=("cpu",)),
+        Xla(
+            route.Sizes(elements_per_step=_LARGE),
+            per_query.Sizes(elements_per_step=_LARGE),
+            per_tile.Sizes(elements_per_step=_LARGE),
+        ),
+    )
+)
+
+
+class _Kernels:
+    """What the kernels for choices made by every query share.
+
+    Outputs leave the kernels in the query's dtype, and the backward pass takes delta = sum(dO O) from these: for 16-bit
+    inputs with large logits dQ and dK are two to three times as wrong as with a float32 output, which would double what
+    the kernels write.
+    """
+
+    config: Any
+    interpret: Any
+    rounds_output = True
+
+    @property
+    def has_effects(self) -> bool:
+        return bool(self.interpret)
+
+    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: PerQuery, *rest: Any) -> Any:
+        """A pass of the kernels; rest is what follows the choice, the scale last."""
+        indices, (*results, scale) = choice.blocks.reachable(choice.indices), rest
+        options = {"scale": scale, "config": self.config, "interpret": self.interpret}
+        return attend(arrays, indices, choice.blocks, *results, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuKernels(_Kernels):
+    """The Pallas kernels for TPUs. They have run on no TPU yet.
+
+    Attributes:
+      config: sizes of the kernels for choices made by every query.
+      routing: sizes of the router; None for its own.
+      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
+    """
+
+    config: KeyMajorConfig = KEY_MAJOR
+    routing: "RoutingConfig | None" = None
+    interpret: Any = False
+
+    @property
+    def platforms(self) -> tuple[str, ...] | None:
+        return None if self.interpret else ("tpu",)
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
+        from pallas_kernels.tpu import limits, tile_sides
+
+        if arrays[2].shape != arrays[1].shape:
+            return f"the TPU kernels take values of key's head_dim {arrays[1].shape[3]}, got {arrays[2].shape[3]}"
+        if isinstance(choice, PerQuery):
+            return limits.refuses_per_query(*arrays[:2], choice.indices.shape[3], choice.blocks, self.config)
+        if choice.key_log_weight is not None:
+            return "the TPU kernels count every key once, got key_log_weight"
+        return tile_sides.refuses(arrays[0], choice.query_block_size, choice.blocks.block_size)
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+        from pallas_kernels.tpu import routing
+
+        return routing.refuses(query)
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        from pallas_kernels.tpu import routing
+
+        options = {} if self.routing is None else {"config": self.routing}
+        return routing.route(query, key, blocks, top_k=top_k, is_causal=is_causal, interpret=self.interpret, **options)
+
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
+        from pallas_kernels.tpu import forward, forward_tiles
+
+        if isinstance(choice, PerQuery):
+            return self._per_query(forward.attend_forward, arrays, choice, scale)
+        lists, options = _lists(choice), {"scale": scale, "interpret": self.interpret}
+        return forward_tiles.attend_tiles_forward(arrays, lists, choice.blocks, choice.query_block_size, **options)
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
+        from pallas_kernels.tpu import backward, backward_tiles
+
+        if isinstance(choice, PerQuery):
+            return self._per_query(backward.attend_backward, arrays, choice, results, cotangents, scale)
+        rest, options = (results, cotangents), {"scale": scale, "interpret": self.interpret}
+        lists, size = _lists(choice), choice.query_block_size
+        return backward_tiles.attend_tiles_backward(arrays, lists, choice.blocks, size, *rest, **options)
+
+
+class _GpuKernels(_Kernels):
+    """What the kernels for GPUs share."""
+
+    @property
+    def platforms(self) -> tuple[str, ...] | None:
+        return None if self.interpret else ("cuda",)
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
+        if not isinstance(choice, PerQuery):
+            return "the GPU kernels attend choices made by every query, not per tile"
+        if arrays[2].shape != arrays[1].shape:
+            return f"the GPU kernels take values of key's head_dim {arrays[1].shape[3]}, got {arrays[2].shape[3]}"
+        return self._refuses_query(arrays[0])
+
+    def _refuses_query(self, query: jax.Array) -> str | None:
+        raise NotImplementedError
+
+    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: PerQuery, *rest: Any) -> Any:
+        if not self.interpret:
+            warnings.warn(
+                "the GPU kernels are compiled and interpreted in tests but have not run on a GPU yet; "
+                "implementation='xla' is the proven path",
+                stacklevel=2,
+            )
+        return super()._per_query(attend, arrays, choice, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonKernels(_GpuKernels):
+    """The Triton kernels for NVIDIA GPUs. They have run on no GPU yet.
+
+    Attributes:
+      config: sizes of the kernels.
+      interpret: whether to run on a CPU, interpreted.
+    """
+
+    config: TritonConfig = TRITON
+    interpret: bool = False
+
+    def _refuses_query(self, query: jax.Array) -> str | None:
+        from pallas_kernels.gpu import tiles
+
+        return tiles.refuses(query)
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+        from pallas_kernels.gpu import routing
+
+        return routing.refuses(query, top_k)
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        from pallas_kernels.gpu import routing
+
+        options = {"config": self.config, "interpret": self.interpret}
+        return routing.route(query, key, blocks, top_k=top_k, is_causal=is_causal, **options)
+
+    def forward(self, arrays: Arrays, choice: PerQuery, scale: float) -> Results:
+        from pallas_kernels.gpu.forward import attend_forward
+
+        return self._per_query(attend_forward, arrays, choice, scale)
+
+    def backward(self, arrays: Arrays, choice: PerQuery, results: Results, cotangents: Results, scale: float) -> Arrays:
+        from pallas_kernels.gpu.backward import attend_backward
+
+        return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicKernels(_GpuKernels):
+    """The Mosaic GPU kernels for Hopper, with the Triton router. They have run on no GPU yet.
+
+    Attributes:
+      config: sizes of the kernels.
+      router: what routes.
+      interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
+    """
+
+    config: MosaicConfig = MOSAIC
+    router: TritonKernels = TritonKernels()
+    interpret: Any = False
+
+    def _refuses_query(self, query: jax.Array) -> str | None:
+        from pallas_kernels.gpu import mosaic_tiles
+
+        return mosaic_tiles.refuses(query)
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+        return self.router.refuses_route(query, key, top_k)
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        return self.router.route(query, key, blocks, top_k, is_causal)
+
+    def forward(self, arrays: Arrays, choice: PerQuery, scale: float) -> Results:
+        from pallas_kernels.gpu.mosaic_forward import attend_forward
+
+        return self._per_query(attend_forward, arrays, choice, scale)
+
+    def backward(self, arrays: Arrays, choice: PerQuery, results: Results, cotangents: Results, scale: float) -> Arrays:
+        from pallas_kernels.gpu.mosaic_backward import attend_backward
+
+        return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
+
+
+def resolve(implementation: Implementation | None) -> Backend:
+    """The backend of that name, or the one given.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if implementation is None:
+        return ByPlatform((TpuKernels(), *XLA.backends))
+    if not isinstance(implementation, str):
+        return implementation if implementation.has_effects else ByPlatform((implementation,))
+    if implementation not in get_args(Name):
+        raise ValueError(f"implementation must be None, a backend or one of {get_args(Name)}, got {implementation!r}")
+    named: dict[str, Backend] = {
+        "reference": Reference(),
+        "xla": XLA,
+        "pallas": ByPlatform((TpuKernels(), TritonKernels())),
+        "mosaic": ByPlatform((MosaicKernels(),)),
+    }
+    return named[implementation]
+
+
+def _lists(choice: PerTile) -> jax.Array:
+    """The ids of chosen blocks, int32 `[batch, heads, query_blocks, key_blocks]`, -1 elsewhere."""
+    return jnp.where(choice.chosen, jnp.arange(choice.chosen.shape[-1], dtype=jnp.int32), -1)

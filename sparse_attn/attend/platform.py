@@ -1,0 +1,130 @@
+"""Backends by platform: which one runs is settled when a program is compiled, for the platform it is compiled for.
+
+A program may be traced on a CPU and compiled for a TPU, exported for both, or run on the CPU of a host that has a GPU.
+So the choice among backends is an operation of its own, `attention_by_platform`: tracing it costs next to nothing, and
+its lowering rule for a platform traces the first backend that runs there and can do the call. What is not compiled for
+is neither traced nor imported.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+from pallas_kernels.blocks import Arrays, Blocks, Results
+from sparse_attn.attend.choice import Choice
+from sparse_attn.attend.derivatives import Backend
+
+_PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPlatform:
+    """A backend that is the first of several which runs on the platform at hand and does not refuse the call.
+
+    Raises:
+      NotImplementedError: where the program is compiled, if there is none; with the reasons.
+    """
+
+    backends: tuple[Backend, ...]
+
+    @property
+    def platforms(self) -> None:
+        """Wherever one of the backends does."""
+
+    @property
+    def rounds_output(self) -> bool:
+        return all(backend.rounds_output for backend in self.backends)
+
+    @property
+    def has_effects(self) -> bool:
+        return False
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
+        return self._all_refuse(lambda backend: backend.refuses(arrays, choice))
+
+    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+        return self._all_refuse(lambda backend: backend.refuses_route(query, key, top_k))
+
+    def _all_refuse(self, refuses: Callable[[Backend], str | None]) -> str | None:
+        """The reasons if every backend has one. The last is asked first: what does all asks for no import."""
+        reasons = []
+        for backend in reversed(self.backends):
+            reason = refuses(backend)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return "; ".join(reversed(reasons))
+
+    def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
+        batch, num_queries, num_heads, _ = query.shape
+        like = query[..., 0].swapaxes(1, 2)[..., None].astype(jnp.int32)
+        like = jnp.broadcast_to(like, (batch, num_heads, num_queries, top_k))
+        (indices,) = _call(self, "route", (query, key, blocks), (top_k, is_causal), (like,))
+        return indices
+
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
+        query, _, value = arrays
+        exact = jnp.promote_types(query.dtype, jnp.float32)
+        output = query[..., :1].astype(query.dtype if self.rounds_output else exact)
+        output = jnp.broadcast_to(output, (*query.shape[:3], value.shape[3]))
+        output, log_sum_exp = _call(self, "forward", (arrays, choice), (scale,), (output, query[..., 0].astype(exact)))
+        return output, log_sum_exp
+
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
+        query, key, value = _call(self, "backward", (arrays, choice, results, cotangents), (scale,), arrays)
+        return query, key, value
+
+
+def _call(backend: ByPlatform, method: str, operands: tuple, options: tuple, like: tuple) -> tuple[jax.Array, ...]:
+    """backend.method(*operands, *options), whose results have the types of `like`."""
+    leaves, tree = jax.tree.flatten(operands)
+    types = tuple(map(jax.typeof, like))
+    return tuple(_primitive().bind(*leaves, backend=backend, method=method, tree=tree, options=options, types=types))
+
+
+def _run(
+    platform: str,
+    *leaves: jax.Array,
+    backend: ByPlatform,
+    method: str,
+    tree: jax.tree_util.PyTreeDef,
+    options: tuple,
+    types: tuple,
+) -> list[jax.Array]:
+    """The operation on one platform."""
+    operands = tree.unflatten(leaves)
+    reasons = []
+    for candidate in backend.backends:
+        if candidate.platforms is not None and platform not in candidate.platforms:
+            continue
+        if method == "route":
+            reason = candidate.refuses_route(*operands[:2], options[0])
+        else:
+            reason = candidate.refuses(*operands[:2])
+        if reason is None:
+            results = jax.tree.leaves(getattr(candidate, method)(*operands, *options))
+            return [result.astype(kind.dtype) for result, kind in zip(results, types, strict=True)]
+        reasons.append(reason)
+    why = "; ".join(reasons) or f"there are no such kernels for {platform}"
+    raise NotImplementedError(f"{why}; implementation='xla' does every call on every platform")
+
+
+@functools.cache
+def _primitive() -> Any:
+    """The operation, with a lowering rule for each platform, made when first needed (as in `derivatives`)."""
+    from jax.extend.core import Primitive
+
+    primitive = Primitive("attention_by_platform")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(lambda *_, types, **__: list(types))
+    for platform in _PLATFORMS:
+        rule = mlir.lower_fun(functools.partial(_run, platform), multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    apply = jax.jit(primitive.bind, static_argnames=("backend", "method", "tree", "options", "types"))
+    primitive.def_impl(apply)
+    return primitive
