@@ -1,8 +1,6 @@
 """The public functions: checks, and MoBA as routing followed by block-sparse attention."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +10,18 @@ from pallas_kernels.blocks import Arrays, Blocks, Results
 from sparse_attn.attend import derivatives
 from sparse_attn.attend.backends import Implementation, resolve
 from sparse_attn.attend.choice import Choice, PerQuery
-from sparse_attn.checks import Sequences, check_arrays, check_attention, check_positive, check_sequences
+from sparse_attn.checks import (
+    Sequences,
+    check_arrays,
+    check_attention,
+    check_positive,
+    check_sequences,
+    takes_no_batch,
+)
 from sparse_attn.layout import make_blocks, order_keys, zero_padding
 from sparse_attn.loops import at_most
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import over_explicit_axes
-
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-_ARRAYS = (
-    *("query", "key", "value", "selection", "segment_ids", "seq_lengths", "query_seq_lengths"),
-    *("key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids"),
-)
-
-
-def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Decorator: the function also takes arrays without a batch axis, `[tokens, heads, head_dim]`, and gives such."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if jnp.ndim(args[0] if args else kwargs["query"]) != 3:
-            return function(*args, **kwargs)
-        kwargs |= dict(zip(names, args, strict=False))
-        arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}
-        batched = jax.tree.map(lambda array: jnp.asarray(array)[None], arrays)
-        return jax.tree.map(lambda array: array[0], function(**(kwargs | batched)))
-
-    return call
 
 
 @takes_no_batch

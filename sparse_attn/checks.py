@@ -1,8 +1,10 @@
 """Bad arguments are a ValueError at trace time that names the argument, its value and what is allowed (S10)."""
 
+import functools
 import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,31 @@ import numpy as np
 from jax.typing import ArrayLike
 
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)))
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_ARRAYS = (
+    *("query", "key", "value", "selection", "segment_ids", "seq_lengths", "query_seq_lengths"),
+    *("key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids"),
+)
+
+
+def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorator: the function also takes arrays without a batch axis, `[tokens, heads, head_dim]`, and gives such."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs | dict(zip(names, args, strict=False))
+        if any(jnp.ndim(given[name]) != 3 for name in ("query", "key", "value") if name in given):
+            return function(*args, **kwargs)
+        kwargs = given
+        arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}
+        batched = jax.tree.map(lambda array: jnp.asarray(array)[None], arrays)
+        return jax.tree.map(lambda array: array[0], function(**(kwargs | batched)))
+
+    return call
 
 
 def check_positive(name: str, number: int) -> None:

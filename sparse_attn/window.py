@@ -5,8 +5,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from sparse_attn.checks import check_attention, check_integers, check_positive, check_self_attention
+from sparse_attn.checks import (
+    check_attention,
+    check_integers,
+    check_positive,
+    check_self_attention,
+    takes_no_batch,
+)
 from sparse_attn.loops import at_most
 from sparse_attn.sharding import over_explicit_axes
 
@@ -26,10 +33,38 @@ class Sizes:
     max_queries: int = 256
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlidingWindow:
+    """`sliding_window_attention` as a value.
+
+    Attributes:
+      window_size: keys that a query sees, itself included, at least 1.
+    """
+
+    window_size: int
+
+    def __post_init__(self) -> None:
+        check_positive("window_size", self.window_size)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+    ) -> jax.Array:
+        """`sliding_window_attention`; seq_lengths say nothing new, for padding comes after every real token."""
+        del seq_lengths
+        return sliding_window_attention(query, key, value, window_size=self.window_size, segment_ids=segment_ids)
+
+
 # The logit of a key out of sight. Finite, so that no gradient meets inf - inf; every query sees at least itself.
 _OUT_OF_SIGHT = -1e30
 
 
+@takes_no_batch
 def sliding_window_attention(
     query: jax.Array,
     key: jax.Array,
@@ -37,7 +72,7 @@ def sliding_window_attention(
     *,
     window_size: int,
     scale: float | None = None,
-    segment_ids: jax.Array | None = None,
+    segment_ids: ArrayLike | None = None,
 ) -> jax.Array:
     """Causal attention to the last `window_size` tokens: query t sees keys t - window_size + 1 ... t.
 
@@ -46,16 +81,17 @@ def sliding_window_attention(
     sequence * window_size and sequence. A window as long as the sequence is causal attention.
 
     Args:
-      query: `[batch, sequence, heads, head_dim]`, floating point.
+      query: `[batch, sequence, heads, head_dim]`, floating point; or all arrays without the batch axis.
       key: `[batch, sequence, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
-      value: shaped like key, of query's dtype.
+      value: `[batch, sequence, kv_heads, value_head_dim]`, of query's dtype.
       window_size: keys that a query sees, itself included, at least 1.
       scale: factor of the logits. None: 1 / sqrt(head_dim).
       segment_ids: int `[batch, sequence]`, for packed sequences: tokens see only tokens of equal id. Distances are
         counted along the row, so a segment should be contiguous.
 
     Returns:
-      Array of query's shape and dtype. Logits and softmax are float32 (float64 stays float64).
+      Array `[batch, sequence, heads, value_head_dim]` of query's dtype. Logits and softmax are float32 (float64 stays
+      float64).
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
@@ -135,4 +171,4 @@ def attend_window(
         parts = (jnp.arange(num_parts) * part, split(query), None if segments is None else split(segments))
         output = jax.lax.map(jax.checkpoint(lambda arguments: attend(*arguments)), parts)
         output = jnp.moveaxis(output, 0, 2)
-    return output.reshape(batch, num_chunks * chunk, num_heads, head_dim)[:, :num_tokens]
+    return output.reshape(batch, num_chunks * chunk, num_heads, -1)[:, :num_tokens]

@@ -80,6 +80,14 @@ CASES = (
     Case("float16", dtype="float16", sequences="mixed", exact=True, queries=48, keys=48, block_size=4),
 )
 
+
+def at_kernel_size(case: Case) -> Case:
+    """The case with blocks and heads that the TPU kernels take, and tokens in proportion."""
+    grown = -(-16 // case.block_size)
+    sizes = {"queries": grown * case.queries, "keys": grown * case.keys, "block_size": grown * case.block_size}
+    return dataclasses.replace(case, name=f"{case.name}_tpu", head_dim=32, **sizes)
+
+
 # Long enough for several chunks, steps and tiles of every loop. Too large for the oracle; exact, so that two
 # implementations must choose alike.
 LONG = tuple(

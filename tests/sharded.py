@@ -28,15 +28,15 @@ def functions(query, key):
     """Name -> function of query, key and value: the library's public functions besides the systems."""
     ids = jnp.repeat(jnp.arange(3), TOKENS // 3)[None].repeat(query.shape[0], 0)
     lengths = jnp.array([TOKENS, 17, 30, 0])[: query.shape[0]]
-    selection = route_moba(query, key, block_size=8, top_k=2)
+    selection = route_moba(query, key, block_size=8, top_k=2, is_causal=True)
     return {
         "moba, segments": lambda q, k, v: moba_attention(
-            q, k, v, block_size=8, top_k=2, query_segment_ids=ids, key_value_segment_ids=ids
+            q, k, v, block_size=8, top_k=2, is_causal=True, segment_ids=ids
         ),
         "moba, lengths, reference": lambda q, k, v: moba_attention(
-            q, k, v, block_size=8, top_k=2, key_value_seq_lengths=lengths, implementation="reference"
+            q, k, v, block_size=8, top_k=2, is_causal=True, seq_lengths=lengths, implementation="reference"
         ),
-        "a choice given": lambda q, k, v: block_sparse_attention(q, k, v, selection),
+        "a choice given": lambda q, k, v: block_sparse_attention(q, k, v, selection, is_causal=True),
         "window": lambda q, k, v: sliding_window_attention(q, k, v, window_size=8, segment_ids=ids),
         "window of several parts": lambda q, k, v: sliding_window_attention(
             *(jnp.tile(x, (1, 12, 1, 1)) for x in (q, k, v)), window_size=300

@@ -11,13 +11,13 @@ import pytest
 
 from sparse_attn import moba_attention, sliding_window_attention
 from sparse_attn.nn import moba_attention_fn
-from sparse_attn.systems import xattention
+from sparse_attn.systems.xattention import XAttention
 from tests import cases, oracle
 
 CASE = cases.Case("derivatives", batch=2, queries=19, keys=19, heads=4, kv_heads=2, head_dim=4, block_size=4, top_k=2)
 MIXED = cases.Case("derivatives_mixed", batch=2, queries=19, keys=19, heads=2, head_dim=4, block_size=4, top_k=2,
                    sequences="mixed")  # fmt: skip
-moba = functools.partial(moba_attention, block_size=CASE.block_size, top_k=CASE.top_k)
+moba = functools.partial(moba_attention, **CASE.options)
 
 
 def draw(seed=0, case=CASE):
@@ -30,7 +30,7 @@ def draw(seed=0, case=CASE):
 def test_forward_mode_equals_differences_of_the_oracle(case):
     arrays, sequences = draw(case=case)
     tangents, _ = draw(1, case)
-    attend = functools.partial(moba_attention, block_size=case.block_size, top_k=case.top_k, **sequences)
+    attend = functools.partial(moba_attention, **case.options, **sequences)
     _, tangent = jax.jit(lambda arrays, tangents: jax.jvp(attend, arrays, tangents))(arrays, tangents)
     indices, _ = oracle.route(*map(np.asarray, arrays[:2]), **case.options, **sequences)
     mask = oracle.attention_mask(indices, num_keys=case.keys, block_size=case.block_size, **sequences)
@@ -42,7 +42,7 @@ def test_forward_mode_equals_differences_of_the_oracle(case):
 
 SYSTEMS = {
     "moba": moba,
-    "xattention": functools.partial(xattention.attention, block_size=4, stride=2, threshold=0.7),
+    "xattention": XAttention(block_size=4, stride=2, threshold=0.7),
 }
 
 
@@ -71,7 +71,7 @@ def test_products_with_the_hessian_are_the_same_in_every_order_of_modes(name):
     if name == "moba":
         expected = jax.jit(lambda: products(functools.partial(moba, implementation="reference")))()[0]
     else:
-        levels = xattention.select(*arrays[:2], block_size=4, stride=2, threshold=0.7).levels
+        levels = SYSTEMS[name].select(*arrays[:2]).levels
         mask = (levels == 1).repeat(4, 2).repeat(4, 3)[:, :, :19, :19] & np.tri(19, dtype=bool)
 
         def dense(query, key, value):
@@ -86,7 +86,7 @@ def test_products_with_the_hessian_are_the_same_in_every_order_of_modes(name):
 def test_derivatives_of_many_directions_at_once():
     """vmap over cotangents and over tangents, of which the arrays have no part."""
     (query, key, value), _ = draw(case=cases.Case("few", batch=1, queries=5, keys=5, heads=1, kv_heads=1, head_dim=2))
-    attend = functools.partial(moba_attention, key=key, value=value, block_size=2, top_k=2)
+    attend = functools.partial(moba_attention, key=key, value=value, block_size=2, top_k=2, is_causal=True)
     backward, forward = (jax.jit(jacobian(attend))(query) for jacobian in (jax.jacrev, jax.jacfwd))
     cases.assert_close(forward, backward, "float32")
     dense = functools.partial(attend, implementation="reference")
@@ -104,7 +104,7 @@ def primitives(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("policy", "loops"),
+    ("policy", "calls"),
     [
         (None, 5),  # route, forward; route, forward and backward
         (jax.checkpoint_policies.save_any_names_but_these(), 3),  # route, forward; backward
@@ -112,7 +112,7 @@ def primitives(jaxpr):
         (jax.checkpoint_policies.save_only_these_names("block_selection"), 4),
     ],
 )
-def test_remat_policies_keep_the_choice_and_the_results_by_name(policy, loops):
+def test_remat_policies_keep_the_choice_and_the_results_by_name(policy, calls):
     arrays, _ = draw()
 
     @functools.partial(jax.checkpoint, policy=policy)
@@ -120,7 +120,7 @@ def test_remat_policies_keep_the_choice_and_the_results_by_name(policy, loops):
         return jnp.sin(moba(*(jnp.sin(array) for array in arrays))).sum()
 
     names = list(primitives(jax.make_jaxpr(jax.grad(layer))(arrays).jaxpr))
-    assert names.count("while") == loops
+    assert names.count("attention_by_platform") == calls
 
 
 def test_programs_of_symbolic_size_serve_all_sizes():
@@ -166,8 +166,8 @@ def test_bfloat16_gradients_are_as_near_as_those_of_dense_attention_where_logits
         return np.array([np.linalg.norm(np.float64(g) - e) for g, e in zip(gradients, expected, strict=True)])
 
     attend = {
-        "moba": functools.partial(moba_attention, block_size=16, top_k=8),
-        "xattention": functools.partial(xattention.attention, block_size=16, threshold=1.0),
+        "moba": functools.partial(moba_attention, block_size=16, top_k=8, is_causal=True),
+        "xattention": XAttention(block_size=16, threshold=1.0),
     }[name]
     dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     assert (errors(attend) < 1.25 * errors(dense)).all()

@@ -15,7 +15,7 @@ from tests.every_system import NAMES, TOKENS, every_system
 from tests.sharded import output_and_gradients
 
 CASE = cases.Case("input", batch=2, queries=20, keys=20, heads=4, kv_heads=2, head_dim=4, block_size=4, top_k=2)
-moba = functools.partial(moba_attention, block_size=4, top_k=2)
+moba = functools.partial(moba_attention, block_size=4, top_k=2, is_causal=True)
 
 
 def draw(case=CASE, seed=0):
@@ -37,8 +37,8 @@ def test_numpy_integers_are_sizes_and_lists_are_arrays():
     options = {"key_conv_width": number(3), "block_size": number(4), "top_k": number(2)}
     for module in (
         KeyConv(2, 4, number(3), rngs=nnx.Rngs(0)),
-        MoBAAttention(number(16), number(2), **options, rngs=nnx.Rngs(0)),
-        SlidingWindowAttention(16, 2, window_size=number(4), rngs=nnx.Rngs(0)),
+        MoBAAttention(in_features=number(16), num_heads=number(2), **options, rngs=nnx.Rngs(0)),
+        SlidingWindowAttention(in_features=16, num_heads=2, window_size=number(4), rngs=nnx.Rngs(0)),
     ):
         inputs = key if isinstance(module, KeyConv) else tokens
         assert nnx.eval_shape(lambda module, inputs: module(inputs), module, inputs).shape == inputs.shape
@@ -110,13 +110,11 @@ def test_sizes_beyond_what_exists_take_no_more_room_and_change_nothing():
     assert temporaries(block_size=64, top_k=65536) <= temporaries(block_size=64, top_k=8)
     assert temporaries(block_size=65536, top_k=3) <= temporaries(block_size=512, top_k=3)
     arrays = draw()
-    jax.eval_shape(functools.partial(moba_attention, block_size=4, top_k=10**9), *arrays)
-    np.testing.assert_array_equal(
-        moba_attention(*arrays, block_size=4, top_k=99), moba_attention(*arrays, block_size=4, top_k=5)
-    )
+    jax.eval_shape(functools.partial(moba, top_k=10**9), *arrays)
+    np.testing.assert_array_equal(moba(*arrays, top_k=99), moba(*arrays, top_k=5))
     causal = np.broadcast_to(np.tri(20, dtype=bool), (2, 4, 20, 20))
-    cases.assert_close(moba_attention(*arrays, block_size=10**6, top_k=1), oracle.attention(*arrays, causal), "float32")
-    assert route_moba(*arrays[:2], block_size=4, top_k=9).indices.shape[-1] == 9
+    cases.assert_close(moba(*arrays, block_size=10**6, top_k=1), oracle.attention(*arrays, causal), "float32")
+    assert route_moba(*arrays[:2], block_size=4, top_k=9, is_causal=True).indices.shape[-1] == 9
 
 
 def test_key_lengths_alone_are_those_of_causal_self_attention():
@@ -129,7 +127,7 @@ def test_key_lengths_alone_are_those_of_causal_self_attention():
 
     np.testing.assert_array_equal(run(), run(query_seq_lengths=lengths))
     theirs = jax.nn.dot_product_attention(query, key, value, is_causal=True, key_value_seq_lengths=lengths)
-    attend = jax.jit(functools.partial(moba_attention, block_size=4, top_k=5))
+    attend = jax.jit(functools.partial(moba, top_k=5))
     ours = attend(query, key, value, key_value_seq_lengths=lengths)
     cases.assert_close(ours[1, :11], theirs[1, :11], "float32")
     # Without causality every query is real: their number says nothing of the keys.

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_attn.layout import make_layout
+from sparse_attn.checks import Sequences
+from sparse_attn.layout import make_blocks, order_keys
 from tests import cases, oracle
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
@@ -16,69 +17,64 @@ CASES = [case for case in cases.CASES if case.dtype == "float32"]
 
 @functools.cache
 def layouts(case):
-    """The library's layout as NumPy arrays, and the oracle's views."""
-    _, sequences = cases.make_inputs(case)
-    sizes = {"batch_size": case.batch, "block_size": case.block_size, "is_causal": case.is_causal}
-    make = functools.partial(make_layout, case.queries, case.keys, **sizes)
-    layout = jax.tree.map(np.asarray, jax.jit(lambda sequences: make(**sequences))(sequences))
-    return layout, oracle.views(case.queries, case.keys, **sizes, **sequences)
-
-
-def key_order(layout, batch_row, num_keys):
-    return np.arange(num_keys) if layout.key_order is None else layout.key_order[batch_row]
+    """The library's blocks as NumPy arrays, the order of keys in every row, and the oracle's views."""
+    arrays, sequences = cases.make_inputs(case)
+    sizes = {"block_size": case.block_size, "is_causal": case.is_causal}
+    make = functools.partial(make_blocks, arrays["query"], arrays["key"], **sizes)
+    blocks, order = jax.tree.map(np.asarray, jax.jit(lambda sequences: make(Sequences(**sequences)))(sequences))
+    order = np.tile(np.arange(case.keys), (case.batch, 1)) if order is None else order
+    return blocks, order, oracle.views(case.queries, case.keys, batch_size=case.batch, **sizes, **sequences)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_blocks_restart_at_every_segment_and_hold_its_keys_in_order_S7(case):
-    layout, views = layouts(case)
+    blocks, order, views = layouts(case)
     for b in range(case.batch):
-        order = key_order(layout, b, case.keys)
         for view in views[b]:
             for block, keys in view.blocks.items():
-                start, length = layout.block_start[b, block], layout.block_length[b, block]
-                np.testing.assert_array_equal(order[start : start + length], keys)
+                start, length = blocks.block_start[b, block], blocks.block_length[b, block]
+                np.testing.assert_array_equal(order[b, start : start + length], keys)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_real_key_is_in_exactly_one_block(case):
-    layout, _ = layouts(case)
+    blocks, order, _ = layouts(case)
     _, sequences = cases.make_inputs(case)
     lengths = sequences.get("key_value_seq_lengths", [case.keys] * case.batch)
     for b in range(case.batch):
-        order = key_order(layout, b, case.keys)
-        pairs = zip(layout.block_start[b], layout.block_length[b], strict=True)
-        held = np.concatenate([order[start : start + length] for start, length in pairs])
+        pairs = zip(blocks.block_start[b], blocks.block_length[b], strict=True)
+        held = np.concatenate([order[b, start : start + length] for start, length in pairs])
         np.testing.assert_array_equal(np.sort(held), np.arange(lengths[b]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_query_sees_one_interval_up_to_its_own_block_S2_S5(case):
-    layout, views = layouts(case)
+    blocks, order, views = layouts(case)
     for b, t in np.ndindex(case.batch, case.queries):
-        seen = key_order(layout, b, case.keys)[layout.key_start[b, t] : layout.key_stop[b, t]]
+        seen = order[b, blocks.start[b, t] : blocks.stop[b, t]]
         assert set(seen.tolist()) == views[b][t].visible
         if not seen.size:
-            assert layout.last_block[b, t] == layout.first_block[b, t] - 1
+            assert blocks.last_block[b, t] == blocks.first_block[b, t] - 1
         else:
-            assert layout.first_block[b, t] == min(views[b][t].blocks)
+            assert blocks.first_block[b, t] == min(views[b][t].blocks)
         if views[b][t].own_block is not None:
-            assert layout.last_block[b, t] == views[b][t].own_block
+            assert blocks.last_block[b, t] == views[b][t].own_block
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_block_of_key_inverts_the_blocks(case):
-    layout, _ = layouts(case)
-    block_of_key = np.asarray(layout.block_of_key())
-    for b, block in np.ndindex(layout.block_start.shape):
-        start = layout.block_start[b, block]
-        assert (block_of_key[b, start : start + layout.block_length[b, block]] == block).all()
+    blocks, order, _ = layouts(case)
+    block_of_key = np.asarray(blocks.block_of_key())
+    for b, block in np.ndindex(blocks.block_start.shape):
+        start = blocks.block_start[b, block]
+        assert (block_of_key[b, start : start + blocks.block_length[b, block]] == block).all()
 
 
 @pytest.mark.parametrize("sequences", ["full", "mixed"])
 def test_order_keys_puts_keys_in_block_order(sequences):
     case = next(case for case in CASES if case.sequences == sequences)
-    layout, _ = layouts(case)
+    blocks, order, _ = layouts(case)
     arrays, _ = cases.make_inputs(case)
     for b in range(case.batch):
-        expected = arrays["key"][b, key_order(layout, b, case.keys)]
-        np.testing.assert_array_equal(layout.order_keys(arrays["key"])[b], expected)
+        ordered = order_keys(arrays["key"], order)[b]
+        np.testing.assert_array_equal(ordered, arrays["key"][b, order[b]])

@@ -14,12 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_attn import routing, tiles, window, xla
-from sparse_attn.attention import _prepare
+import sparse_attn
+from sparse_attn import attention, window
+from sparse_attn.attend import per_query, per_tile, route
+from sparse_attn.attend.backends import Xla
+from sparse_attn.attend.per_key import attend_tokens
 from sparse_attn.grammar import choose, rest
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.tokens import attend_tokens
+from sparse_attn.grammar.attend import attend_levels
 from tests import cases, oracle
+from tests.backends import SMALL_STEPS
 from tests.every_system import TOKENS, every_system
 from tests.test_tiles import dense, draw, token_mask
 
@@ -30,10 +33,6 @@ TILE_SYSTEMS = (
 )  # fmt: skip
 every_group = pytest.mark.parametrize("group", GROUPS)
 
-# Chunks of a few queries, three or more of them; steps of a tile or two; one head at a time.
-ATTEND = xla.Sizes(tile_sizes=(4, 2), pairs_per_step=8, logits_per_step=64, rows_per_chunk=8, elements_per_step=1)
-ROUTE = routing.Sizes(rows_per_chunk=5, blocks_per_step=3, elements_per_step=1)
-
 
 def output_and_gradients(function):
     def call(query, key, value, d_output):
@@ -43,38 +42,18 @@ def output_and_gradients(function):
     return jax.jit(call)
 
 
-def moba(case, attend_sizes, route_sizes):
-    """Choice, output and gradients of MoBA with the given sizes."""
+def check_moba(case, backend, seed=0):
+    """Choice, output and gradients of MoBA with the sizes of the backend."""
 
     @jax.jit
     def call(query, key, value, d_output, sequences):
-        names = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids")
-        given = [sequences.get(name) for name in names]
-        indices = None
+        options = {**case.options, "implementation": backend, **sequences}
+        output, pull_back = jax.vjp(functools.partial(sparse_attn.moba_attention, **options), query, key, value)
+        return sparse_attn.route_moba(query, key, **options).indices, output, pull_back(d_output)
 
-        def attend(query, key, value):
-            nonlocal indices
-            query, (key, value), layout = _prepare(query, (key, value), case.block_size, case.is_causal, *given)
-            indices = routing.route(
-                *jax.lax.stop_gradient((query, key)),
-                layout,
-                top_k=case.top_k,
-                is_causal=case.is_causal,
-                sizes=route_sizes,
-            )
-            scale = case.head_dim**-0.5
-            return xla.attend(query, key, value, indices, layout, scale=scale, sizes=attend_sizes)[0], indices
-
-        output, pull_back, indices = jax.vjp(attend, query, key, value, has_aux=True)
-        return indices, output, pull_back(d_output)
-
-    return call
-
-
-def check_moba(case, attend_sizes, route_sizes, seed=0):
     arrays, sequences = cases.make_inputs(case, seed)
     query, key, value, d_output = arrays.values()
-    indices, output, gradients = moba(case, attend_sizes, route_sizes)(*arrays.values(), sequences)
+    indices, output, gradients = call(*arrays.values(), sequences)
     want, gap = oracle.route(query, key, **case.options, **sequences)
     assert gap.min() > 0, "rounding may change a choice: draw exact numbers"
     np.testing.assert_array_equal(indices, want)
@@ -91,33 +70,35 @@ def test_moba_over_chunks_and_steps(group):
         "loops", batch=2, queries=13, keys=21, heads=2 * group, head_dim=4, block_size=2, top_k=3, exact=True,
         sequences=sequences,
     )  # fmt: skip
-    rows = ATTEND.rows_per_chunk
+    rows = SMALL_STEPS.per_query_sizes.rows_per_chunk
     assert case.queries * group > 2 * rows or group == 1  # three chunks or more
-    assert -(-case.keys // case.block_size) > 3 * ROUTE.blocks_per_step  # four steps of the router, the last uneven
-    check_moba(case, ATTEND, ROUTE)
+    assert (
+        -(-case.keys // case.block_size) > 3 * SMALL_STEPS.route_sizes.blocks_per_step
+    )  # four steps of the router, the last uneven
+    check_moba(case, SMALL_STEPS)
 
 
 def test_many_heads_on_one_key_head_and_few_queries():
     """Chunks so short that what fills the last is longer than a query's heads."""
     case = cases.Case("many_heads", batch=1, queries=3, keys=9, heads=14, kv_heads=2, head_dim=4, block_size=2)
-    check_moba(case, ATTEND, ROUTE)
+    check_moba(case, SMALL_STEPS)
 
 
 @every_group
 def test_tiles_over_steps(group):
     shape = (2, 21, 27, 2 * group, 2, 4, 3, 4, group != 2)
-    query, key, value, levels, visibility = draw(shape)
+    query, key, value, levels, blocks = draw(shape)
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
     num_tiles, step = 7 * group, 3 if group == 1 else 5
     assert num_tiles > 2 * step  # three steps or more
     assert num_tiles % step  # the last uneven
-    sizes = {"logits_per_step": 3 * 4 * step, "elements_per_step": 1}
+    backend = Xla(per_tile_sizes=per_tile.Sizes(logits_per_step=3 * 4 * step, elements_per_step=1))
 
     def attend(query, key, value):
-        return attend_tiles(query, key, value, levels, visibility, scale=0.5, **sizes).output()
+        return attend_levels(query, key, value, levels, blocks, scale=0.5, implementation=backend).output()
 
     output, gradients = output_and_gradients(attend)(query, key, value, d_output)
-    mask = token_mask(levels, visibility, 1, 21, 27, 2 * group)
+    mask = token_mask(levels, blocks, 1, 21, 27, 2 * group)
     cases.assert_close(output, dense(query, key, value, mask, 0.5)[0], "float32")
     _, expected = oracle.attention(query, key, value, mask, scale=0.5, d_output=d_output)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
@@ -148,7 +129,9 @@ def test_window_over_chunks_and_parts(group, window_size):
 
 @every_group
 def test_lists_of_tokens_over_steps(group, monkeypatch):
-    monkeypatch.setattr("sparse_attn.tokens._GATHERED_PER_STEP", 2 * 2 * 5 * 4 * 3)  # three queries a step: 3, 3, 3, 1
+    monkeypatch.setattr(
+        "sparse_attn.attend.per_key._GATHERED_PER_STEP", 2 * 2 * 5 * 4 * 3
+    )  # three queries a step: 3, 3, 3, 1
     random = np.random.default_rng(group)
     query, d_output = random.standard_normal((2, 2, 10, 2 * group, 4)).astype(np.float32)
     key, value = random.standard_normal((2, 2, 13, 2, 4)).astype(np.float32)
@@ -212,27 +195,27 @@ def shapes_and_sizes(draw):
         sequences=draw(st.sampled_from(["full", "mixed"])),
         exact=True,
     )
-    attend = xla.Sizes(
+    attend = per_query.Sizes(
         tile_sizes=draw(st.sampled_from([(8, 4), (3,), (1,)])),
         pairs_per_step=draw(st.integers(1, 12)),
         logits_per_step=draw(st.integers(1, 100)),
         rows_per_chunk=draw(st.integers(1, 40)),
         elements_per_step=draw(st.integers(1, 4000)),
     )
-    route = routing.Sizes(
+    routing = route.Sizes(
         rows_per_chunk=draw(st.integers(1, 40)),
         blocks_per_step=draw(st.integers(1, 6)),
         elements_per_step=draw(st.integers(1, 4000)),
     )
-    return case, attend, route
+    return case, Xla(routing, attend)
 
 
 @settings(max_examples=5)
 @given(drawn=shapes_and_sizes(), seed=st.integers(0, 2**32 - 1))
 def test_moba_for_shapes_and_sizes_drawn_together(drawn, seed):
-    case, attend, route = drawn
+    case, backend = drawn
     case = case.__class__(**{**case.__dict__, "top_k": min(case.top_k, -(-case.keys // case.block_size))})
-    check_moba(case, attend, route, seed)
+    check_moba(case, backend, seed)
 
 
 @settings(max_examples=5)
@@ -246,11 +229,11 @@ def test_moba_for_shapes_and_sizes_drawn_together(drawn, seed):
 def test_tiles_for_shapes_and_sizes_drawn_together(lengths, blocks, heads, sizes, seed):
     kv_heads, group = heads
     shape = (1, *lengths, kv_heads * group, kv_heads, 4, *blocks, True)
-    query, key, value, levels, visibility = draw(shape, seed)
-    options = dict(zip(("logits_per_step", "elements_per_step"), sizes, strict=True))
-    attend = functools.partial(attend_tiles, levels=levels, visibility=visibility, scale=0.5, **options)
+    query, key, value, levels, blocks = draw(shape, seed)
+    backend = Xla(per_tile_sizes=per_tile.Sizes(*sizes))
+    attend = functools.partial(attend_levels, levels=levels, blocks=blocks, scale=0.5, implementation=backend)
     output, gradients = output_and_gradients(lambda *arrays: attend(*arrays).output())(query, key, value, query)
-    mask = token_mask(levels, visibility, 1, *lengths, kv_heads * group)
+    mask = token_mask(levels, blocks, 1, *lengths, kv_heads * group)
     expected, expected_gradients = oracle.attention(query, key, value, mask, scale=0.5, d_output=query)
     cases.assert_close(output, expected, "float32")
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
@@ -272,6 +255,6 @@ def test_systems_over_steps_equal_themselves_in_one_step(name, group, monkeypatc
         return jax.jit(lambda *arrays: function(*arrays))(query, key, value)
 
     one_step = run()
-    monkeypatch.setattr(tiles, "PerTile", functools.partial(tiles.PerTile, logits_per_step=5 * 64, elements_per_step=1))
+    monkeypatch.setattr(attention, "resolve", lambda implementation: SMALL_STEPS)
     monkeypatch.setattr(rest, "_LOGITS_PER_STEP", 1)
     jax.tree.map(lambda a, e: cases.assert_close(a, e, "float32"), run(), one_step)

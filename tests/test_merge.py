@@ -40,7 +40,7 @@ def partials(sizes, seed=0, shift=0.0):
 @pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
 def test_merged_parts_equal_attention_over_the_union(sizes, shift):
     outputs, log_sum_exp, (output, total) = partials(sizes, shift=shift)
-    merged, merged_log_sum_exp = merge_partials(outputs, log_sum_exp)
+    merged, merged_log_sum_exp = merge_partials(*zip(outputs, log_sum_exp, strict=True))
     # The statistics are float32 numbers of the size of the shift, so that is what they are exact to.
     tolerance = cases.TOLERANCE["float32"] * max(1, abs(shift))
     np.testing.assert_allclose(merged, output, atol=tolerance)
@@ -48,23 +48,25 @@ def test_merged_parts_equal_attention_over_the_union(sizes, shift):
 
 
 def test_nothing_to_merge_gives_zeros_and_minus_infinity_S9():
-    merged, log_sum_exp = merge_partials(jnp.zeros((PARTS, QUERIES, HEAD_DIM)), jnp.full((PARTS, QUERIES), -jnp.inf))
+    merged, log_sum_exp = merge_partials(*[(jnp.zeros((QUERIES, HEAD_DIM)), jnp.full(QUERIES, -jnp.inf))] * PARTS)
     np.testing.assert_array_equal(merged, np.zeros((QUERIES, HEAD_DIM)))
     np.testing.assert_array_equal(log_sum_exp, np.full(QUERIES, -np.inf))
 
 
 def test_merging_in_two_steps_equals_merging_at_once():
     outputs, log_sum_exp, _ = partials((4, 4, 4))
-    first, first_log_sum_exp = merge_partials(outputs[:2], log_sum_exp[:2])
-    again = merge_partials(jnp.stack([first, outputs[2]]), jnp.stack([first_log_sum_exp, log_sum_exp[2]]))
-    chex.assert_trees_all_close(again, merge_partials(outputs, log_sum_exp), atol=cases.TOLERANCE["float32"])
+    parts = list(zip(outputs, log_sum_exp, strict=True))
+    again = merge_partials(merge_partials(*parts[:2]), parts[2])
+    chex.assert_trees_all_close(
+        again, merge_partials(*zip(outputs, log_sum_exp, strict=True)), atol=cases.TOLERANCE["float32"]
+    )
 
 
 def test_gradients_are_those_of_the_union_and_finite_beside_an_empty_part():
     outputs, log_sum_exp, (output, _) = partials((5, 0, 7))
 
     def loss(outputs, log_sum_exp):
-        merged, total = merge_partials(outputs, log_sum_exp)
+        merged, total = merge_partials(*zip(outputs, log_sum_exp, strict=True))
         return merged.sum() + total.sum()
 
     d_outputs, d_log_sum_exp = jax.grad(loss, argnums=(0, 1))(outputs, log_sum_exp)
@@ -76,6 +78,6 @@ def test_gradients_are_those_of_the_union_and_finite_beside_an_empty_part():
 
 def test_the_dtype_of_the_outputs_is_kept():
     outputs, log_sum_exp, _ = partials((4, 4, 4))
-    merged, total = merge_partials(outputs.astype(jnp.bfloat16), log_sum_exp)
+    merged, total = merge_partials(*zip(outputs.astype(jnp.bfloat16), log_sum_exp, strict=True))
     assert merged.dtype == jnp.bfloat16
     assert total.dtype == jnp.float32

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from sparse_attn.nn.sliding_window import rotate
 
 import sparse_attn
 from sparse_attn import nn
-from sparse_attn.nn.sliding_window import rotate
 from tests import cases, oracle
 from tests.test_keys import convolve
 from tests.test_window import attend as attend_window
@@ -28,8 +28,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def make(kind, **options):
-    sizes = {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "rngs": nnx.Rngs(0)}
-    return KINDS[kind](FEATURES, HEADS, **(sizes | options))
+    sizes = {"in_features": FEATURES, "num_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    return KINDS[kind](**(sizes | {"rngs": nnx.Rngs(0)} | options))
 
 
 def draw(seed=0):
@@ -240,8 +240,9 @@ def test_modules_work_from_linen():
     class Mine(linen.Module):
         @linen.compact
         def __call__(self, inputs, segment_ids):
-            options = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "block_size": BLOCK, "top_k": TOP_K}
-            mix = nnx.bridge.to_linen(nn.MoBAAttention, FEATURES, HEADS, key_conv_width=3, name="mix", **options)
+            options = {"in_features": FEATURES, "num_heads": HEADS, "num_key_value_heads": KV_HEADS}
+            options |= {"head_dim": HEAD_DIM, "key_conv_width": 3, "block_size": BLOCK, "top_k": TOP_K}
+            mix = nnx.bridge.to_linen(nn.MoBAAttention, **options, name="mix")
             return mix(linen.Dense(FEATURES, name="dense")(inputs), segment_ids=segment_ids)
 
     inputs, segment_ids = draw()

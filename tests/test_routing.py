@@ -9,7 +9,7 @@ import pytest
 
 import sparse_attn
 from tests import cases
-from tests.test_attention import every_implementation
+from tests.backends import every_plain_backend
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -17,11 +17,12 @@ pytestmark = pytest.mark.usefixtures("strict_ranks")
 def route(query, key, implementation, **options):
     """Indices `[queries, top_k]` of one head; query `[queries, head_dim]`, key `[keys, head_dim]`."""
     query, key = (jnp.asarray(x)[None, :, None] for x in (query, key))
-    call = jax.jit(functools.partial(sparse_attn.route_moba, implementation=implementation, **options))
+    options = {"is_causal": True, "implementation": implementation} | options
+    call = jax.jit(functools.partial(sparse_attn.route_moba, **options))
     return np.asarray(call(query, key).indices)[0, 0]
 
 
-@every_implementation
+@every_plain_backend
 def test_ties_go_to_the_lower_block_index_S3(implementation):
     indices = route(np.ones((24, 4)), np.ones((24, 4)), implementation, block_size=4, top_k=3)
     np.testing.assert_array_equal(indices[-1], [5, 0, 1])
@@ -30,7 +31,7 @@ def test_ties_go_to_the_lower_block_index_S3(implementation):
     np.testing.assert_array_equal(indices, np.broadcast_to([0, 1, 2], (24, 3)))
 
 
-@every_implementation
+@every_plain_backend
 def test_zeros_of_either_sign_tie_S3(implementation):
     key = np.array([0.0, -0.0, 0.0, -0.0], np.float32)[:, None]
     for sign in (1.0, -1.0):
@@ -38,7 +39,7 @@ def test_zeros_of_either_sign_tie_S3(implementation):
         np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(4), (4, 4)))
 
 
-@every_implementation
+@every_plain_backend
 def test_the_own_block_comes_first_then_the_others_by_falling_score_S2(implementation):
     means = np.array([1.0, 5.0, 3.0, 4.0, 2.0, -9.0])  # of six blocks of two keys
     key = np.repeat(means, 2)[:, None].astype(np.float32)
@@ -48,7 +49,7 @@ def test_the_own_block_comes_first_then_the_others_by_falling_score_S2(implement
     np.testing.assert_array_equal(indices[:2], [[0, -1, -1, -1]] * 2)
 
 
-@every_implementation
+@every_plain_backend
 def test_the_own_block_counts_towards_top_k_S2(implementation):
     random = np.random.default_rng(0)
     query, key = random.standard_normal((2, 32, 8), np.float32)
@@ -58,14 +59,14 @@ def test_the_own_block_counts_towards_top_k_S2(implementation):
         np.testing.assert_array_equal(indices[:, 0], np.arange(32) // 8)
 
 
-@every_implementation
+@every_plain_backend
 def test_means_run_over_the_keys_that_are_there_S6(implementation):
     key = np.array([3.0, 3.0, 3.0, 3.0, 4.0], np.float32)[:, None]  # a tail of one key: mean 4, not 1
     indices = route(np.ones((1, 1), np.float32), key, implementation, block_size=4, top_k=1, is_causal=False)
     np.testing.assert_array_equal(indices, [[1]])
 
 
-@every_implementation
+@every_plain_backend
 def test_means_and_scores_of_bfloat16_are_float32_S8(implementation):
     # The means 1 and 1 + 2^-10 are one number in bfloat16, and so would be the scores.
     key = jnp.ones((16, 1), jnp.bfloat16).at[8].set(1 + 2**-7)
@@ -73,7 +74,7 @@ def test_means_and_scores_of_bfloat16_are_float32_S8(implementation):
     np.testing.assert_array_equal(indices, [[1]])
 
 
-@every_implementation
+@every_plain_backend
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_top_k_at_or_above_the_number_of_blocks_is_dense_attention_S2(implementation, is_causal):
     case = cases.Case("dense", queries=30, keys=30, heads=4, kv_heads=2, top_k=4, is_causal=is_causal)
@@ -85,7 +86,7 @@ def test_top_k_at_or_above_the_number_of_blocks_is_dense_attention_S2(implementa
     cases.assert_close(output, dense, case.dtype)
 
 
-@every_implementation
+@every_plain_backend
 def test_top_k_one_attends_the_own_block_alone_S2(implementation):
     case = cases.Case("own_block", top_k=1)
     arrays, _ = cases.make_inputs(case)

@@ -1,18 +1,21 @@
 """Attention over tiles, tokens and stand-ins against one dense NumPy softmax in float64, values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from pallas_kernels.blocks import NOWHERE
+from sparse_attn.attend.partial import merge
+from sparse_attn.attend.per_key import attend_tokens
 from sparse_attn.grammar import rest
-from sparse_attn.merge import merge
+from sparse_attn.grammar.attend import attend_levels
+from sparse_attn.layout import visible_tiles, whole_rows
 from sparse_attn.selection import LevelMap
-from sparse_attn.systems import xattention
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.tokens import attend_tokens
-from sparse_attn.visibility import NOWHERE, Visibility, make_visibility, visible_blocks
+from sparse_attn.systems.xattention import XAttention
 from tests.cases import assert_close
 
 # name: (batch, queries, keys, heads, kv_heads, head_dim, query_block_size, key_block_size, is_causal)
@@ -27,19 +30,19 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def draw(shape, seed=0):
-    """Arrays, a random map of levels 0, 1, 2, and the visibility."""
+    """Arrays, a random map of levels 0, 1, 2, and the geometry."""
     batch, queries, keys, heads, kv_heads, head_dim, query_block, key_block, is_causal = shape
     random = np.random.default_rng(seed)
     query = random.standard_normal((batch, queries, heads, head_dim)).astype(np.float32)
     key, value = random.standard_normal((2, batch, keys, kv_heads, head_dim)).astype(np.float32)
     levels = random.integers(0, 3, (batch, heads, -(-queries // query_block), -(-keys // key_block))).astype(np.int8)
-    visibility = make_visibility(query, key, is_causal=is_causal)
-    return query, key, value, LevelMap(levels, query_block, key_block), visibility
+    blocks = whole_rows(query, key, block_size=key_block, is_causal=is_causal)
+    return query, key, value, LevelMap(levels, query_block, key_block), blocks
 
 
-def token_mask(levels, visibility, level, queries, keys, heads):
+def token_mask(levels, blocks, level, queries, keys, heads):
     """bool [batch, heads, queries, keys] by definition."""
-    start, stop, position = (np.asarray(array) for array in visibility)
+    start, stop, position = (np.asarray(array) for array in (blocks.start, blocks.stop, blocks.key_position()))
     chosen = (np.asarray(levels.levels) == level).repeat(levels.query_block_size, 2).repeat(levels.key_block_size, 3)
     position = position.swapaxes(1, 2)[:, :, None].repeat(heads // position.shape[2], 1)  # [batch, heads, 1, keys]
     seen = (start[:, None, :, None] <= position) & (position < stop[:, None, :, None])
@@ -62,12 +65,12 @@ def dense(query, key, value, mask, scale, log_weight=0.0):
 
 @every_shape
 def test_tiles_equal_a_dense_softmax(shape, strict_ranks):
-    query, key, value, levels, visibility = draw(shape)
+    query, key, value, levels, blocks = draw(shape)
     log_weight = np.random.default_rng(1).standard_normal(key.shape[:3]).astype(np.float32)
-    partial = jax.jit(lambda *x: attend_tiles(*x[:5], scale=0.7, level=2, key_log_weight=x[5]))(
-        query, key, value, levels, visibility, log_weight
+    partial = jax.jit(lambda *x: attend_levels(*x[:5], scale=0.7, level=2, key_log_weight=x[5]))(
+        query, key, value, levels, blocks, log_weight
     )
-    mask = token_mask(levels, visibility, 2, query.shape[1], key.shape[1], query.shape[2])
+    mask = token_mask(levels, blocks, 2, query.shape[1], key.shape[1], query.shape[2])
     bias = log_weight.swapaxes(1, 2)[:, :, None].repeat(query.shape[2] // key.shape[2], 1)
     output, log_sum_exp = dense(query, key, value, mask, 0.7, bias)
     assert_close(partial.output(), output, "float32")
@@ -77,9 +80,9 @@ def test_tiles_equal_a_dense_softmax(shape, strict_ranks):
 
 @every_shape
 def test_gradients_equal_those_of_a_dense_softmax(shape):
-    query, key, value, levels, visibility = draw(shape)
+    query, key, value, levels, blocks = draw(shape)
     heads, group = query.shape[2], query.shape[2] // key.shape[2]
-    mask = token_mask(levels, visibility, 1, query.shape[1], key.shape[1], heads)
+    mask = token_mask(levels, blocks, 1, query.shape[1], key.shape[1], heads)
     random = np.random.default_rng(2)
     d_output = random.standard_normal(query.shape)
     d_log_sum_exp = random.standard_normal(query.shape[:3])
@@ -89,7 +92,7 @@ def test_gradients_equal_those_of_a_dense_softmax(shape):
         return (output * d_output).sum() + (jnp.where(has_keys, log_sum_exp, 0) * d_log_sum_exp).sum()
 
     def sparse(query, key, value):
-        partial = attend_tiles(query, key, value, levels, visibility, scale=0.5)
+        partial = attend_levels(query, key, value, levels, blocks, scale=0.5)
         return loss(partial.output(), partial.log_sum_exp())
 
     def reference(query, key, value):  # float64, differentiated by JAX: nothing of the sparse path in it
@@ -109,21 +112,21 @@ def test_gradients_equal_those_of_a_dense_softmax(shape):
 
 
 def test_permuted_keys_stay_causal_and_padding_unseen():
-    query, key, value, levels, visibility = draw((1, 24, 24, 2, 2, 4, 8, 8, True))
+    query, key, value, levels, blocks = draw((1, 24, 24, 2, 2, 4, 8, 8, True))
     order = np.random.default_rng(3).permutation(24)
     position = np.where(order < 20, order, NOWHERE)[None, :, None].astype(np.int32)
-    visibility = Visibility(visibility.start, visibility.stop, jnp.asarray(position))
+    blocks = dataclasses.replace(blocks, position=jnp.asarray(position))
     everything = LevelMap(np.ones_like(levels.levels), 8, 8)
     hidden = np.where(position[..., None] == NOWHERE, np.float32(1e30), key[:, order])
-    partial = attend_tiles(query, hidden, value[:, order], everything, visibility, scale=1.0)
+    partial = attend_levels(query, hidden, value[:, order], everything, blocks, scale=1.0)
     mask = np.tril(np.ones((24, 24), bool)) & (np.arange(24) < 20)
     assert_close(partial.output(), dense(query, key, value, mask[None, None], 1.0)[0], "float32")
 
 
 def test_merging_levels_equals_one_softmax_over_them():
-    query, key, value, levels, visibility = draw(SHAPES["ragged"])
-    partials = [attend_tiles(query, key, value, levels, visibility, scale=1.0, level=n) for n in (1, 2)]
-    masks = [token_mask(levels, visibility, n, query.shape[1], key.shape[1], query.shape[2]) for n in (1, 2)]
+    query, key, value, levels, blocks = draw(SHAPES["ragged"])
+    partials = [attend_levels(query, key, value, levels, blocks, scale=1.0, level=n) for n in (1, 2)]
+    masks = [token_mask(levels, blocks, n, query.shape[1], key.shape[1], query.shape[2]) for n in (1, 2)]
     output, _ = dense(query, key, value, masks[0] | masks[1], 1.0)
     assert_close(merge(*partials).output(), output, "float32")
 
@@ -159,13 +162,13 @@ def test_stand_ins_equal_a_dense_softmax_and_differentiate():
         )
 
 
-def test_visible_blocks_never_miss_a_pair():
-    visibility = make_visibility(np.zeros((1, 13, 1, 1)), np.zeros((1, 29, 1, 1)), is_causal=True)
+def test_visible_tiles_never_miss_a_pair():
+    blocks = whole_rows(np.zeros((1, 13, 1, 1)), np.zeros((1, 29, 1, 1)), block_size=8, is_causal=True)
     mask = np.arange(29)[None, :] <= np.arange(13)[:, None] + 16
     expected = np.zeros((4, 4), bool)
     for i, j in np.ndindex(4, 4):
         expected[i, j] = mask[4 * i : 4 * i + 4, 8 * j : 8 * j + 8].any()
-    np.testing.assert_array_equal(visible_blocks(visibility, 4, 8)[0, 0], expected)
+    np.testing.assert_array_equal(visible_tiles(blocks, 4)[0, 0], expected)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(1024, 2, 1), (1152, 4, 2), (1153, 3, 1), (2049, 7, 1)])
@@ -180,6 +183,6 @@ def test_grouped_heads_at_real_lengths_equal_dense_attention(tokens, heads, kv_h
         output, pull_back = jax.vjp(attend, query, key, value)
         return output, pull_back(jnp.sin(output))
 
-    actual = jax.jit(lambda: output_and_gradients(lambda *x: xattention.attention(*x, threshold=1.0)))()
+    actual = jax.jit(lambda: output_and_gradients(lambda *x: XAttention(threshold=1.0)(*x)))()
     expected = jax.jit(lambda: output_and_gradients(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True)))()
     jax.tree.map(lambda a, e: assert_close(a, e, "float32"), actual, expected)

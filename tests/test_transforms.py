@@ -11,7 +11,7 @@ import pytest
 
 import sparse_attn
 from tests import cases, oracle
-from tests.test_attention import every_implementation
+from tests.backends import every_plain_backend
 
 CASE = cases.Case("transforms", batch=1, queries=24, keys=24, heads=2, kv_heads=1, head_dim=4, block_size=4, exact=True)
 MIXED = dataclasses.replace(CASE, name="transforms_mixed", batch=2, kv_heads=2, sequences="mixed")
@@ -61,7 +61,7 @@ class VariantsTest(chex.TestCase):
         assert_trees_close(actual, expected)
 
 
-@every_implementation
+@every_plain_backend
 def test_vmap_over_one_more_axis_equals_a_loop(implementation):
     copies = draw_copies()
     attend = moba(implementation)
@@ -71,7 +71,7 @@ def test_vmap_over_one_more_axis_equals_a_loop(implementation):
         cases.assert_close(together[i], one_by_one(*(array[i] for array in copies)), "float32")
 
 
-@every_implementation
+@every_plain_backend
 def test_vmap_over_heads_and_sequence_arguments_alone_equals_a_loop(implementation):
     query, key, value = draw()
     lengths = jnp.array([[24], [13], [0]], jnp.int32)
@@ -86,7 +86,7 @@ def test_vmap_over_heads_and_sequence_arguments_alone_equals_a_loop(implementati
         cases.assert_close(together[i], attend(queries[i], lengths[i]), "float32")
 
 
-@every_implementation
+@every_plain_backend
 def test_gradients_and_vmap_commute(implementation):
     copies = draw_copies()
     gradient = jax.grad(loss(moba(implementation)))
@@ -99,14 +99,14 @@ def test_gradients_and_vmap_commute(implementation):
     assert_trees_close(grad_of_vmap, expected)
 
 
-@every_implementation
+@every_plain_backend
 def test_rematerialisation_changes_no_gradient(implementation):
     arrays, attend = draw(), moba(implementation)
     expected = jax.jit(jax.grad(loss(attend)))(arrays)
     assert_trees_close(jax.jit(jax.grad(loss(jax.checkpoint(attend))))(arrays), expected)
 
 
-@every_implementation
+@every_plain_backend
 def test_gradients_flow_through_a_scan_over_layers(implementation):
     case = dataclasses.replace(CASE, kv_heads=2)
     query, key, value = draw(case)
@@ -128,7 +128,7 @@ def test_gradients_flow_through_a_scan_over_layers(implementation):
     assert_trees_close(jax.jit(jax.value_and_grad(scanned))(weights), jax.jit(jax.value_and_grad(unrolled))(weights))
 
 
-@every_implementation
+@every_plain_backend
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_of_16_bit_inputs_keep_their_dtype_under_jit_S8(dtype, implementation):
     arrays = tuple(array.astype(dtype) for array in draw())

@@ -110,7 +110,8 @@ def _run(
             results = jax.tree.leaves(getattr(candidate, method)(*operands, *options))
             return [result.astype(kind.dtype) for result, kind in zip(results, types, strict=True)]
         reasons.append(reason)
-    why = "; ".join(reasons) or f"there are no such kernels for {platform}"
+    names = ", ".join(type(candidate).__name__ for candidate in backend.backends)
+    why = "; ".join(reasons) or f"{names} cannot run on {platform}"
     raise NotImplementedError(f"{why}; implementation='xla' does every call on every platform")
 
 

@@ -1,54 +1,86 @@
-"""What the attention modules share: projections, key convolution, padding."""
+"""Self-attention as a module: projections around any attention that is a value, and the three the Transformer has."""
 
-from typing import Any
+from typing import Any, Protocol, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
+from sparse_attn.attend.backends import Implementation
 from sparse_attn.checks import check_integers
+from sparse_attn.dense import Dense
+from sparse_attn.keys import rotate
 from sparse_attn.nn import key_conv
+from sparse_attn.sharding import put_on_mesh
+from sparse_attn.systems.moba import MoBA
+from sparse_attn.window import SlidingWindow
 
 default_kernel_init = nnx.initializers.lecun_normal()
 
 
+class Attention(Protocol):
+    """What `SelfAttention` takes: a frozen value such as `MoBA(...)`, `Dense()` or a system without trained arrays."""
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Attention output `[batch, sequence, heads, head_dim]`, of query's dtype."""
+
+
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention: out(attend(query(x), key_conv(key(x)), value(x))). Subclasses define `attend`.
+    """Multi-head self-attention: out(attention(query(x), key_conv(key(x)), value(x))).
 
     Parameters: query.kernel `[in_features, num_heads, head_dim]`, key.kernel and value.kernel `[in_features,
     num_key_value_heads, head_dim]`, out.kernel `[num_heads, head_dim, in_features]`, key_conv.kernel `[width,
     num_key_value_heads, head_dim]`. To shard them, wrap the initialisers in `nnx.with_partitioning`.
 
     Args:
+      attention: what attends, see `Attention`.
       in_features: features of a token, in and out.
       num_heads: query heads.
       num_key_value_heads: key and value heads, a divisor of num_heads; None for num_heads.
       head_dim: features of a head; None for in_features / num_heads.
       key_conv_width: tokens that the key convolution spans, 0 for none. The paper uses 3 and 5.
+      rope_theta: base of the rotary wavelengths of queries and keys, see `rotate`; None: no positions.
       use_bias: whether the projections have biases.
       dtype: dtype of the computation; None for the promotion of inputs and parameters.
       param_dtype: dtype of the parameters.
       kernel_init: initialiser of the query, key and value kernels.
       out_kernel_init: initialiser of the output kernel; None for kernel_init.
       key_conv_init: initialiser of the convolution kernel.
+      mesh_axes: axes of the mesh of `jax.set_mesh` over which rows and heads are split for attention, for instance
+        ("data", "model"); None in either place for none. Attention leaves arrays split as they come, so this is needed
+        only where projections would leave them otherwise, and for the TPU kernels, which then run in a `jax.shard_map`.
+        The sizes of the axes must divide the batch and num_key_value_heads.
       rngs: stream "params".
     """
 
     def __init__(
         self,
+        *,
+        attention: Attention,
         in_features: int,
         num_heads: int,
-        *,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         key_conv_width: int = 0,
+        rope_theta: float | None = None,
         use_bias: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer | None = None,
         key_conv_init: Initializer = key_conv.default_kernel_init,
+        mesh_axes: tuple[str | None, str | None] | None = None,
         rngs: nnx.Rngs,
     ):
         kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
@@ -70,7 +102,10 @@ class SelfAttention(nnx.Module):
                 in_features, shape, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs, **dtypes
             )
 
+        self.attention = attention
         self.in_features = in_features
+        self.rope_theta = rope_theta
+        self.mesh_axes = mesh_axes
         self.query = project_in(num_heads)
         self.key = project_in(kv_heads)
         self.value = project_in(kv_heads)
@@ -92,7 +127,7 @@ class SelfAttention(nnx.Module):
     def project(
         self, inputs: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values exactly as attention (and MoBA's router) takes them, the convolution applied.
+        """Queries, keys and values exactly as attention (and its router) takes them: rotated, the convolution applied.
 
         Args:
           inputs: `[batch, sequence, in_features]`.
@@ -102,21 +137,12 @@ class SelfAttention(nnx.Module):
           query `[batch, sequence, num_heads, head_dim]`; key and value `[batch, sequence, kv_heads, head_dim]`.
         """
         query, key, value = self.query(inputs), self.key(inputs), self.value(inputs)
+        if self.rope_theta is not None:
+            query, key = (rotate(array, self.rope_theta) for array in (query, key))
         return query, key if self.key_conv is None else self.key_conv(key, segment_ids), value
 
-    def attend(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        segment_ids: jax.Array | None,
-        seq_lengths: jax.Array | None,
-    ) -> jax.Array:
-        """Attention output `[batch, sequence, num_heads, head_dim]` of what `project` returns."""
-        raise NotImplementedError
-
     def __call__(
-        self, inputs: jax.Array, *, segment_ids: jax.Array | None = None, seq_lengths: jax.Array | None = None
+        self, inputs: jax.Array, *, segment_ids: ArrayLike | None = None, seq_lengths: ArrayLike | None = None
     ) -> jax.Array:
         """Attends within each row.
 
@@ -133,14 +159,103 @@ class SelfAttention(nnx.Module):
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs must be [batch, sequence, {self.in_features}], got inputs.shape={inputs.shape}")
-        segment_ids = check_integers("segment_ids", segment_ids, inputs.shape[:2])
-        seq_lengths = check_integers("seq_lengths", seq_lengths, inputs.shape[:1])
+        ids = check_integers("segment_ids", segment_ids, inputs.shape[:2])
+        lengths = check_integers("seq_lengths", seq_lengths, inputs.shape[:1])
 
         def empty_padding(tokens: jax.Array) -> jax.Array:
-            if seq_lengths is None:
+            if lengths is None:
                 return tokens
-            is_real = jnp.arange(tokens.shape[1])[None] < seq_lengths[:, None]  # [batch, sequence]
+            is_real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]  # [batch, sequence]
             return jnp.where(is_real[:, :, None], tokens, 0)
 
-        query, key, value = self.project(empty_padding(inputs), segment_ids)
-        return empty_padding(self.out(self.attend(query, key, value, segment_ids, seq_lengths)))
+        arrays = self.project(empty_padding(inputs), ids)
+        if self.mesh_axes is None:
+            output = self.attention(*arrays, segment_ids=segment_ids, seq_lengths=seq_lengths)
+        else:
+            output = self._attend_over_mesh(*arrays, ids, lengths)
+        return empty_padding(self.out(output))
+
+    def _attend_over_mesh(self, *operands: jax.Array | None) -> jax.Array:
+        """Attention of query, key, value, segment_ids and seq_lengths, by every device for its rows and heads."""
+        assert self.mesh_axes is not None
+        rows, heads = self.mesh_axes
+        each = PartitionSpec(rows, None, heads, None)
+
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array | None, lengths: jax.Array | None
+        ) -> jax.Array:
+            return self.attention(query, key, value, segment_ids=ids, seq_lengths=lengths)
+
+        arrays = (put_on_mesh(array, each) for array in operands[:3] if array is not None)
+        specs = (each, each, each, PartitionSpec(rows), PartitionSpec(rows))
+        # The outputs of Pallas kernels do not say over which axes they vary.
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
+        return attend(*arrays, *operands[3:])
+
+
+class Projections(TypedDict, total=False):
+    """The arguments of `SelfAttention` that the modules below pass on."""
+
+    in_features: int
+    num_heads: int
+    num_key_value_heads: int | None
+    head_dim: int | None
+    key_conv_width: int
+    rope_theta: float | None
+    use_bias: bool
+    dtype: Dtype | None
+    param_dtype: Dtype
+    kernel_init: Initializer
+    out_kernel_init: Initializer | None
+    key_conv_init: Initializer
+    mesh_axes: tuple[str | None, str | None] | None
+    rngs: nnx.Rngs
+
+
+class MoBAAttention(SelfAttention):
+    """Self-attention in which each query chooses `top_k` blocks of keys: `SelfAttention(attention=MoBA(...))`.
+
+    The key convolution comes before both routing and attention. No positional encoding.
+    Sources: MoBA (arXiv 2502.13189), FlashMoBA (arXiv 2511.11571).
+
+    Args:
+      block_size, top_k, is_causal, implementation: as in `moba_attention`.
+      others: as in `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        top_k: int,
+        is_causal: bool = True,
+        implementation: Implementation | None = None,
+        **others: Unpack[Projections],
+    ):
+        attention = MoBA(block_size=block_size, top_k=top_k, is_causal=is_causal, implementation=implementation)
+        super().__init__(attention=attention, **others)
+
+
+class DenseAttention(SelfAttention):
+    """Self-attention to every token: `SelfAttention(attention=Dense(...))`.
+
+    Args:
+      is_causal: whether a token sees only tokens up to itself.
+      others: as in `SelfAttention`.
+    """
+
+    def __init__(self, *, is_causal: bool = True, **others: Unpack[Projections]):
+        super().__init__(attention=Dense(is_causal=is_causal), **others)
+
+
+class SlidingWindowAttention(SelfAttention):
+    """Causal self-attention to the last `window_size` tokens, with rotary positions.
+
+    Args:
+      window_size: tokens that a token sees, itself included, at least 1.
+      others: as in `SelfAttention`; rope_theta is 10000 unless given.
+    """
+
+    def __init__(self, *, window_size: int, **others: Unpack[Projections]):
+        others = {"rope_theta": 10_000.0, **others}
+        super().__init__(attention=SlidingWindow(window_size=window_size), **others)

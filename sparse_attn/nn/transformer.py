@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Initializer
 
-from sparse_attn.attention import Implementation
+from sparse_attn.attend.backends import Implementation
 from sparse_attn.nn import key_conv
-from sparse_attn.nn.attention import SelfAttention
+from sparse_attn.nn.attention import DenseAttention, MoBAAttention, SelfAttention, SlidingWindowAttention
 from sparse_attn.nn.config import LayerKind, TransformerConfig
-from sparse_attn.nn.dense import DenseAttention
-from sparse_attn.nn.moba import MoBAAttention
-from sparse_attn.nn.sliding_window import SlidingWindowAttention
 from sparse_attn.sharding import explicit_sharding
 
 # Names the axes of a parameter, or leaves its initialiser as it is.
@@ -220,6 +217,8 @@ def _make_attention(
     config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, moba_options: dict[str, Any], rngs: nnx.Rngs
 ) -> SelfAttention:
     options: dict[str, Any] = {
+        "in_features": config.hidden_size,
+        "num_heads": config.num_heads,
         "num_key_value_heads": config.num_key_value_heads or None,
         "head_dim": config.head_dim,
         "dtype": config.dtype,
@@ -228,15 +227,14 @@ def _make_attention(
         "out_kernel_init": name_axes(_residual_init(config), "heads", "head_dim", "embed"),
         "rngs": rngs,
     }
-    sizes = (config.hidden_size, config.num_heads)
     if kind == "sliding_window":
-        return SlidingWindowAttention(*sizes, window_size=config.window_size, rope_theta=config.rope_theta, **options)
+        return SlidingWindowAttention(window_size=config.window_size, rope_theta=config.rope_theta, **options)
     options["key_conv_width"] = config.key_conv_width
     options["key_conv_init"] = name_axes(key_conv.default_kernel_init, None, "heads", "head_dim")
     if kind == "moba":
         options |= {"block_size": config.block_size, "top_k": config.top_k, **moba_options}
-        return MoBAAttention(*sizes, **options)
-    return DenseAttention(*sizes, **options)
+        return MoBAAttention(**options)
+    return DenseAttention(**options)
 
 
 def _residual_init(config: TransformerConfig) -> Initializer:

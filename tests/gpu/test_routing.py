@@ -1,13 +1,13 @@
 """The GPU router, interpreted on a CPU, against loops in NumPy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.config import TritonConfig
 from pallas_kernels.gpu import routing
-from sparse_attn.layout import make_layout
+from sparse_attn.checks import Sequences
+from sparse_attn.layout import make_blocks, order_keys, whole_rows
 from tests import cases, oracle
 from tests.cases import Case
 
@@ -36,25 +36,11 @@ def route(case, arrays, sequences):
 
     @jax.jit
     def call(query, key, sequences):
-        layout = make_layout(
-            case.queries,
-            case.keys,
-            batch_size=case.batch,
-            block_size=case.block_size,
-            is_causal=case.is_causal,
-            **sequences,
+        blocks, key_order = make_blocks(
+            query, key, Sequences(**sequences), block_size=case.block_size, is_causal=case.is_causal
         )
-        return routing.route(
-            query,
-            layout.order_keys(key),
-            block_start=layout.block_start,
-            block_length=layout.block_length,
-            first_block=layout.first_block,
-            last_block=layout.last_block,
-            config=SMALL,
-            interpret=True,
-            **case.options,
-        )
+        options = {"top_k": case.top_k, "is_causal": case.is_causal, "config": SMALL, "interpret": True}
+        return routing.route(query, order_keys(key, key_order), blocks, **options)
 
     lengths = sequences.get("key_value_seq_lengths", np.full(case.batch, case.keys))
     is_real = np.arange(case.keys) < lengths[:, None]
@@ -98,16 +84,6 @@ def test_means_of_bfloat16_keys_keep_their_float32_bits_S8():
 )
 def test_what_the_kernels_cannot_do_is_said(shape, dtype, top_k, reason):
     array = np.zeros(shape, dtype)
-    number = jnp.zeros((1, 1), jnp.int32)
+    blocks = whole_rows(array, array, block_size=16, is_causal=True)
     with pytest.raises(NotImplementedError, match=reason):
-        routing.route(
-            array,
-            array,
-            block_start=number,
-            block_length=number,
-            first_block=number,
-            last_block=number,
-            block_size=16,
-            top_k=top_k,
-            is_causal=True,
-        )
+        routing.route(array, array, blocks, top_k=top_k, is_causal=True)

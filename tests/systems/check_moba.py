@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import sparse_attn
-from tests.test_attention import IMPLEMENTATIONS
+from tests.backends import PLAIN
 
 assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
 
@@ -23,7 +23,7 @@ def options_of(arrays):
 def check(arrays):
     lengths, options = options_of(arrays)
     query, key, value = (arrays[name][None] for name in "qkv")  # [1, tokens, heads, head_dim]
-    for implementation in IMPLEMENTATIONS:
+    for implementation in PLAIN:
         choose = functools.partial(sparse_attn.route_moba, **options, implementation=implementation)
         attend = functools.partial(sparse_attn.moba_attention, **options, implementation=implementation)
         indices = np.asarray(jax.jit(choose)(query, key).indices)[0]

@@ -6,13 +6,13 @@ import jax
 
 import sparse_attn
 from tests.systems.check_moba import assert_close, options_of
-from tests.test_attention import IMPLEMENTATIONS
+from tests.backends import PLAIN
 
 
 def check(arrays):
     _, options = options_of(arrays)
     query, key, value = (arrays[name][None] for name in "qkv")  # [1, tokens, heads, head_dim]
-    for implementation in IMPLEMENTATIONS:
+    for implementation in PLAIN:
         attend = functools.partial(sparse_attn.moba_attention, **options, implementation=implementation)
 
         @jax.jit

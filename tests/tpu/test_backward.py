@@ -1,4 +1,4 @@
-"""The key-major TPU backward kernel, interpreted on a CPU, against the oracle's hand-written gradients."""
+"""The TPU backward kernel for choices made by every query, interpreted on a CPU, against hand-written gradients."""
 
 import functools
 
@@ -8,9 +8,10 @@ import pytest
 
 from pallas_kernels.tpu.backward import _parts
 from pallas_kernels.tpu.key_work import LANES, round_up
-from sparse_attn import pallas
-from tests import cases
-from tests.tpu.key_major import CASES, expected, make_inputs, prepare, scale_of, with_chunks
+from sparse_attn.attend.backends import TpuKernels
+from sparse_attn.attend.choice import PerQuery
+from tests import attend, cases
+from tests.tpu.key_major import CASES, LOUD, with_chunks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("strict_ranks")]
 
@@ -25,23 +26,19 @@ def config_of(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_oracle(case, interpret):
-    arrays, sequences, selection = make_inputs(case)
-    output, log_sum_exp, gradients = expected(case)
+    arrays, sequences, selection = attend.inputs(case, LOUD)
+    output, log_sum_exp, _ = attend.expected(case, LOUD)
+    backend = TpuKernels(config_of(case), interpret=interpret)
 
     @jax.jit
     def call(arrays, indices, output, log_sum_exp, sequences):
-        prepared, pull_back, layout = jax.vjp(
-            functools.partial(prepare, case, sequences=sequences),
+        prepared, pull_back, blocks = jax.vjp(
+            functools.partial(attend.prepare, case, sequences=sequences),
             *(arrays[name] for name in ("query", "key", "value")),
             has_aux=True,
         )
-        backend = pallas.PerQueryKernels(scale_of(case), config=config_of(case), interpret=interpret)
-        cotangents = arrays["d_output"], arrays["d_log_sum_exp"]
-        d_prepared = backend.backward(prepared, (indices, layout), (output, log_sum_exp), cotangents)
-        return pull_back(d_prepared)
+        cotangents, choice = (arrays["d_output"], arrays["d_log_sum_exp"]), PerQuery(indices, blocks)
+        return pull_back(backend.backward(prepared, choice, (output, log_sum_exp), cotangents, attend.scale_of(case)))
 
     output, log_sum_exp = output.astype(arrays["query"].dtype), log_sum_exp.astype(np.float32)
-    actual = call(arrays, selection, output, log_sum_exp, sequences)
-    for gradient, want in zip(actual, gradients, strict=True):
-        assert gradient.dtype == cases.as_dtype(case.dtype)
-        cases.assert_close(gradient, want, case.dtype)
+    attend.check_gradients(case, call(arrays, selection, output, log_sum_exp, sequences), LOUD)

@@ -1,4 +1,4 @@
-"""The key-major TPU forward kernels, interpreted on a CPU, against the NumPy oracle."""
+"""The TPU forward kernels for choices made by every query, interpreted on a CPU, against the NumPy oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ import pytest
 
 from pallas_kernels.tpu import forward
 from pallas_kernels.tpu.key_work import parts_of, words_of
-from sparse_attn import pallas
-from sparse_attn.layout import make_layout
-from tests import cases
-from tests.tpu.key_major import CASES, expected, make_inputs, prepare, scale_of, with_chunks
+from sparse_attn.attend.backends import TpuKernels
+from sparse_attn.attend.choice import PerQuery
+from sparse_attn.layout import whole_rows
+from tests import attend, cases
+from tests.tpu.key_major import CASES, LOUD, with_chunks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("strict_ranks")]
 
@@ -23,33 +24,27 @@ def sizes(head_dim, dtype, num_rows=128):
 
 def bounds(case):
     """Bound of the logits of each key/value head, in units of log2: which kernel it takes."""
-    arrays, _, _ = make_inputs(case)
+    arrays, _, _ = attend.inputs(case, LOUD)
     query, key = (np.linalg.norm(arrays[name].astype(np.float64), axis=-1) for name in ("query", "key"))
     query = np.nanmax(query.reshape(*query.shape[:2], case.kv_heads, -1), axis=(0, 1, 3))
-    return query * np.nanmax(key, axis=(0, 1)) * scale_of(case) * np.log2(np.e)
+    return query * np.nanmax(key, axis=(0, 1)) * attend.scale_of(case) * np.log2(np.e)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_both_kernels_give_the_oracle_s_output_and_log_sum_exp(case, interpret):
-    arrays, sequences, selection = make_inputs(case)
+    arrays, sequences, selection = attend.inputs(case, LOUD)
     assert bounds(case).min() < forward.FIXED_RANGE / 1.2
     assert case.kv_heads == 1 or bounds(case).max() > forward.FIXED_RANGE * 1.2
     config = sizes(case.head_dim, cases.as_dtype(case.dtype), num_rows=384 if case.name == "pieces" else 128)
+    backend = TpuKernels(config, interpret=interpret)
 
     @jax.jit
     def call(query, key, value, indices, sequences):
-        arrays, layout = prepare(case, query, key, value, sequences)
-        return pallas.attend(*arrays, indices, layout, scale=scale_of(case), config=config, interpret=interpret)
+        prepared, blocks = attend.prepare(case, query, key, value, sequences)
+        return backend.forward(prepared, PerQuery(indices, blocks), attend.scale_of(case))
 
-    output, log_sum_exp = call(arrays["query"], arrays["key"], arrays["value"], selection, sequences)
-    want, want_log_sum_exp, _ = expected(case)
-    assert output.dtype == cases.as_dtype(case.dtype)
-    assert log_sum_exp.dtype == jnp.float32
-    cases.assert_close(output, want, case.dtype)
-    is_empty = np.isneginf(want_log_sum_exp)
-    np.testing.assert_array_equal(np.isneginf(log_sum_exp), is_empty)
-    np.testing.assert_array_equal(np.asarray(output, np.float32)[is_empty], 0)
-    cases.assert_close(np.asarray(log_sum_exp)[~is_empty], want_log_sum_exp[~is_empty], case.dtype)
+    results = call(arrays["query"], arrays["key"], arrays["value"], selection, sequences)
+    attend.check_results(case, *results, LOUD)
 
 
 def test_logits_at_the_edge_of_the_range_and_beyond_neither_overflow_nor_vanish(interpret):
@@ -61,9 +56,10 @@ def test_logits_at_the_edge_of_the_range_and_beyond_neither_overflow_nor_vanish(
     query[..., 0], key[..., 0] = logits / np.log2(np.e), 1
     value = np.random.default_rng(0).standard_normal(query.shape).astype(np.float32)
     indices = np.broadcast_to(np.array([0, 1], np.int32), (1, logits.size, tokens, 2))
-    layout = make_layout(tokens, tokens, batch_size=1, block_size=block_size, is_causal=True)
-    options = {"scale": 1.0, "config": sizes(head_dim, "float32"), "interpret": interpret}
-    output, log_sum_exp = jax.jit(lambda *arrays: pallas.attend(*arrays, layout, **options))(query, key, value, indices)
+    blocks = whole_rows(query, key, block_size=block_size, is_causal=True)
+    backend = TpuKernels(sizes(head_dim, "float32"), interpret=interpret)
+    forward = jax.jit(lambda arrays, indices: backend.forward(arrays, PerQuery(indices, blocks), 1.0))
+    output, log_sum_exp = forward((query, key, value), indices)
     number = np.arange(1, tokens + 1)
     cases.assert_close(output[0], value[0].cumsum(0) / number[:, None, None], "float32")
     cases.assert_close(log_sum_exp[0], np.log(number)[:, None] + logits / np.log2(np.e), "float32")
@@ -75,6 +71,10 @@ def test_logits_at_the_edge_of_the_range_and_beyond_neither_overflow_nor_vanish(
 )
 def test_what_the_kernels_cannot_do_is_refused_with_the_reason_S10(dtype, head_dim, block_size, word):
     array = jnp.zeros((1, 32, 1, head_dim), dtype)
-    layout = make_layout(32, 32, batch_size=1, block_size=block_size, is_causal=True)
+    choice = PerQuery(
+        jnp.zeros((1, 1, 32, 1), jnp.int32), whole_rows(array, array, block_size=block_size, is_causal=True)
+    )
+    arrays = array, array, array
+    assert word in TpuKernels().refuses(arrays, choice)
     with pytest.raises(NotImplementedError, match=word):
-        pallas.attend(array, array, array, jnp.zeros((1, 1, 32, 1), jnp.int32), layout, scale=1.0)
+        TpuKernels().forward(arrays, choice, 1.0)

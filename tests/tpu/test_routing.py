@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.tpu import routing
-from sparse_attn.layout import make_layout
+from sparse_attn.checks import Sequences
+from sparse_attn.layout import make_blocks, order_keys, whole_rows
 from tests import cases, oracle
 from tests.cases import Case
 
@@ -35,25 +36,11 @@ def route(case, arrays, sequences, interpret):
 
     @jax.jit
     def call(query, key, sequences):
-        layout = make_layout(
-            case.queries,
-            case.keys,
-            batch_size=case.batch,
-            block_size=case.block_size,
-            is_causal=case.is_causal,
-            **sequences,
+        blocks, key_order = make_blocks(
+            query, key, Sequences(**sequences), block_size=case.block_size, is_causal=case.is_causal
         )
-        return routing.route(
-            query,
-            layout.order_keys(key),
-            block_start=layout.block_start,
-            block_length=layout.block_length,
-            first_block=layout.first_block,
-            last_block=layout.last_block,
-            config=SMALL,
-            interpret=interpret,
-            **case.options,
-        )
+        options = {"top_k": case.top_k, "is_causal": case.is_causal, "config": SMALL, "interpret": interpret}
+        return routing.route(query, order_keys(key, key_order), blocks, **options)
 
     lengths = sequences.get("key_value_seq_lengths", np.full(case.batch, case.keys))
     is_real = np.arange(case.keys) < lengths[:, None]
@@ -78,19 +65,8 @@ def test_zeros_of_either_sign_tie_S3(interpret):
     np.testing.assert_array_equal(indices[0, 0], [[0, 1, 2, 3, 4], [4, 0, 1, 2, 3]])
 
 
-def test_other_dtypes_are_refused(interpret):
+def test_other_dtypes_are_refused():
     array = jnp.zeros((1, 16, 1, 64), jnp.float16)
-    number = jnp.zeros((1, 1), jnp.int32)
+    blocks = whole_rows(array, array, block_size=16, is_causal=True)
     with pytest.raises(NotImplementedError, match="float16"):
-        routing.route(
-            array,
-            array,
-            block_start=number,
-            block_length=number,
-            first_block=number,
-            last_block=number,
-            block_size=16,
-            top_k=1,
-            is_causal=True,
-            interpret=interpret,
-        )
+        routing.route(array, array, blocks, top_k=1, is_causal=True)
