@@ -1,6 +1,6 @@
 """The public functions: checks, and MoBA as routing followed by block-sparse attention."""
 
-from typing import Any, Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,19 @@ def route_moba(
     return BlockSelection(indices, block_size=block_size, num_blocks=num_blocks)
 
 
+class _Options(TypedDict, total=False):
+    """The other arguments of `block_sparse_attention`."""
+
+    scale: float | None
+    segment_ids: ArrayLike | None
+    seq_lengths: ArrayLike | None
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    query_segment_ids: ArrayLike | None
+    key_value_segment_ids: ArrayLike | None
+    implementation: Implementation | None
+
+
 @overload
 def block_sparse_attention(
     query: jax.Array,
@@ -157,7 +170,7 @@ def block_sparse_attention(
     *,
     is_causal: bool,
     return_residual: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> jax.Array: ...
 
 
@@ -170,7 +183,7 @@ def block_sparse_attention(
     *,
     is_causal: bool,
     return_residual: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -263,7 +276,7 @@ def _choose(
 ) -> jax.Array:
     """The router's choice, int32 `[batch, heads, queries, top_k or fewer]`."""
     backend, top_k = resolve(implementation), at_most(top_k, blocks.max_choices)
-    _raise_refusal(backend.refuses_route(query, key, top_k))
+    _raise_refusal(backend.refuses_route(query, top_k))
     return derivatives.route(backend, query, key, blocks, top_k=top_k, is_causal=is_causal)
 
 

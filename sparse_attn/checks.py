@@ -24,17 +24,18 @@ _ARRAYS = (
 
 def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
     """Decorator: the function also takes arrays without a batch axis, `[tokens, heads, head_dim]`, and gives such."""
+    run: Callable[..., Any] = function
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = kwargs | dict(zip(names, args, strict=False))
         if any(jnp.ndim(given[name]) != 3 for name in ("query", "key", "value") if name in given):
-            return function(*args, **kwargs)
+            return run(*args, **kwargs)
         kwargs = given
         arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}
         batched = jax.tree.map(lambda array: jnp.asarray(array)[None], arrays)
-        return jax.tree.map(lambda array: array[0], function(**(kwargs | batched)))
+        return jax.tree.map(lambda array: array[0], run(**(kwargs | batched)))
 
     return call
 
@@ -52,12 +53,12 @@ def check_not_negative(name: str, number: int) -> None:
 
 
 class Sequences(NamedTuple):
-    """The sequence arguments of a call, as far as they are given."""
+    """The sequence arguments of a call, as far as they are given; arrays once `check_sequences` has seen them."""
 
-    query_seq_lengths: jax.Array | None = None  # [batch]
-    key_value_seq_lengths: jax.Array | None = None  # [batch]
-    query_segment_ids: jax.Array | None = None  # [batch, queries]
-    key_value_segment_ids: jax.Array | None = None  # [batch, keys]
+    query_seq_lengths: Any = None  # [batch]
+    key_value_seq_lengths: Any = None  # [batch]
+    query_segment_ids: Any = None  # [batch, queries]
+    key_value_segment_ids: Any = None  # [batch, keys]
 
 
 WHOLE_ROWS = Sequences()

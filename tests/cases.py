@@ -5,6 +5,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.blocks import Blocks
 from tests import near_ties
 
 # How far a result may lie from the float64 oracle, as a share of the largest expected value (at least of 1). The 16-bit
@@ -150,6 +151,13 @@ def make_selection(case: Case, seed: int = 0, num_blocks: int | None = None) -> 
     shape = (case.batch, case.heads, case.queries, choices.size)
     ids = random.permuted(np.broadcast_to(choices, shape), axis=-1)[..., : case.top_k]
     return np.where(ids < num_blocks, ids, -1).astype(np.int32)
+
+
+def abstract_blocks(make, queries: int, keys: int, block_size: int, *, num_blocks: int | None = None) -> Blocks:
+    """The geometry of one row as abstract arrays; make gives one of a shape. With num_blocks, of packed segments."""
+    by_query, by_block = make(1, queries), make(1, num_blocks or -(-keys // block_size))
+    sizes = {"block_size": block_size, "num_keys": keys, "is_packed": num_blocks is not None}
+    return Blocks(by_query, by_query, None, by_block, by_block, by_query, by_query, **sizes)
 
 
 def as_dtype(name: str) -> np.dtype:

@@ -14,8 +14,8 @@ from tests.backends import BACKENDS, every_backend, every_plain_backend
 
 pytestmark = [pytest.mark.usefixtures("strict_ranks"), pytest.mark.timeout(120)]
 
-# Interpreters are slow: some minutes for this many blocks on Triton, some ten seconds for every call of the TPU kernels,
-# which take blocks and heads of a size of their own. `tests/tpu` and `tests/gpu` have what is peculiar to the kernels.
+# Interpreters are slow: minutes for this many blocks on Triton, some ten seconds for every call of the TPU kernels,
+# which take blocks and heads of a size of their own. `tests/tpu`, `tests/gpu` have what is peculiar to the kernels.
 TOO_SLOW_ON_TRITON = ("many_blocks",)
 ON_TPU = ("grouped_heads", "top_k_above_blocks", "lengths", "mixed_segments", "all_see_all_mixed", "bfloat16")
 

@@ -63,7 +63,7 @@ def test_a_query_sees_one_interval_up_to_its_own_block_S2_S5(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_block_of_key_inverts_the_blocks(case):
-    blocks, order, _ = layouts(case)
+    blocks, *_ = layouts(case)
     block_of_key = np.asarray(blocks.block_of_key())
     for b, block in np.ndindex(blocks.block_start.shape):
         start = blocks.block_start[b, block]
@@ -73,7 +73,7 @@ def test_block_of_key_inverts_the_blocks(case):
 @pytest.mark.parametrize("sequences", ["full", "mixed"])
 def test_order_keys_puts_keys_in_block_order(sequences):
     case = next(case for case in CASES if case.sequences == sequences)
-    blocks, order, _ = layouts(case)
+    _, order, _ = layouts(case)
     arrays, _ = cases.make_inputs(case)
     for b in range(case.batch):
         ordered = order_keys(arrays["key"], order)[b]

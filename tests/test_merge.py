@@ -57,9 +57,7 @@ def test_merging_in_two_steps_equals_merging_at_once():
     outputs, log_sum_exp, _ = partials((4, 4, 4))
     parts = list(zip(outputs, log_sum_exp, strict=True))
     again = merge_partials(merge_partials(*parts[:2]), parts[2])
-    chex.assert_trees_all_close(
-        again, merge_partials(*zip(outputs, log_sum_exp, strict=True)), atol=cases.TOLERANCE["float32"]
-    )
+    chex.assert_trees_all_close(again, merge_partials(*parts), atol=cases.TOLERANCE["float32"])
 
 
 def test_gradients_are_those_of_the_union_and_finite_beside_an_empty_part():

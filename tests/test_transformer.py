@@ -182,8 +182,8 @@ def test_parameters_are_sharded_as_their_axes_are_named():
         kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model", None))
         with jax.set_mesh(mesh):
             module = nn.MoBAAttention(
-                in_features=FEATURES, num_heads=HEADS, head_dim=6, block_size=BLOCK, top_k=TOP_K, kernel_init=kernel_init,
-                out_kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0),
+                in_features=FEATURES, num_heads=HEADS, head_dim=6, block_size=BLOCK, top_k=TOP_K,
+                kernel_init=kernel_init, out_kernel_init=nnx.initializers.lecun_normal(), rngs=nnx.Rngs(0),
             )
         kernel = module.query.kernel[...]
         assert kernel.sharding.shard_shape(kernel.shape) == (FEATURES, HEADS // 2, CONFIG.head_dim)

@@ -251,7 +251,7 @@ def measure_routing(
         raise ValueError(f"block_size must leave questions another block to choose, got block_size={block_size}")
     snr = float(difference.mean() / difference.std())
     heads = (jnp.asarray(array)[:, :, None] for array in (query, key))
-    indices = np.asarray(route_moba(*heads, block_size=block_size, top_k=top_k).indices)[:, 0]  # [batch, queries, k]
+    indices = np.asarray(route_moba(*heads, block_size=block_size, top_k=top_k, is_causal=True).indices)[:, 0]  # [batch, queries, k]
     found = (indices[rows, places] == block[:, None]).any(1)
     predicted = theory.recall_at_k(snr, candidates, top_k - 1)
     return {

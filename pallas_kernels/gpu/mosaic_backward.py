@@ -117,14 +117,14 @@ def attend_backward(
         arrays=4,
         config=config,
     )
-    arrays = tuple(x.reshape(-1, plan.head_dim) for x in (query, d_output.astype(query.dtype), key, value))
+    rows = tuple(x.reshape(-1, plan.head_dim) for x in (query, d_output.astype(query.dtype), key, value))
     numbers = log2_sum.reshape(-1), delta.reshape(-1)
     sizes = TRITON.for_rows(plan.columns, query.dtype.itemsize)
     is_key = jnp.arange(plan.keys)[None, :] < blocks.block_length.sum(1, keepdims=True)  # [batch, keys], in block order
     is_key = jnp.repeat(is_key, plan.kv_heads, axis=0)[..., None]
 
     def differentiate_chunk(chunk: Chunk, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        partial, *of_chunk = _differentiate(chunk, blocks, arrays, numbers, plan, config, interpret)
+        partial, *of_chunk = _differentiate(chunk, blocks, rows, numbers, plan, config, interpret)
         d_query = add_up(chunk, partial, gradients[0], plan, sizes, bool(interpret))
 
         def add(total: jax.Array, part: jax.Array) -> jax.Array:  # [batch * kv_heads, keys, head_dim], [chunk_heads...]
@@ -138,7 +138,7 @@ def attend_backward(
 
     sums = key.dtype if plan.row_chunks == 1 else jnp.float32
     of_keys = jnp.zeros((plan.batch * plan.kv_heads, plan.keys, plan.head_dim), sums)
-    empty = jnp.zeros_like(arrays[0]), of_keys, of_keys
+    empty = jnp.zeros_like(rows[0]), of_keys, of_keys
     d_query, *d_keys = for_chunks(plan, indices, tile_size, differentiate_chunk, empty)
     d_keys = [x.reshape(plan.batch, plan.kv_heads, *x.shape[1:]).swapaxes(1, 2).astype(key.dtype) for x in d_keys]
     d_key, d_value = (array[..., : shapes[1][-1]] for array in d_keys)

@@ -45,7 +45,7 @@ class Reference:
     def refuses(self, arrays: Arrays, choice: Choice) -> None:
         """It does every call."""
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> None:
+    def refuses_route(self, query: jax.Array, top_k: int) -> None:
         """It does every call."""
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
@@ -81,7 +81,7 @@ class Xla:
     def refuses(self, arrays: Arrays, choice: Choice) -> None:
         """It does every call."""
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> None:
+    def refuses_route(self, query: jax.Array, top_k: int) -> None:
         """It does every call."""
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
@@ -128,8 +128,9 @@ class _Kernels:
     def has_effects(self) -> bool:
         return bool(self.interpret)
 
-    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: PerQuery, *rest: Any) -> Any:
+    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
         """A pass of the kernels; rest is what follows the choice, the scale last."""
+        assert isinstance(choice, PerQuery)
         indices, (*results, scale) = choice.blocks.reachable(choice.indices), rest
         options = {"scale": scale, "config": self.config, "interpret": self.interpret}
         return attend(arrays, indices, choice.blocks, *results, **options)
@@ -164,7 +165,7 @@ class TpuKernels(_Kernels):
             return "the TPU kernels count every key once, got key_log_weight"
         return tile_sides.refuses(arrays[0], choice.query_block_size, choice.blocks.block_size)
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+    def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
         from pallas_kernels.tpu import routing
 
         return routing.refuses(query)
@@ -210,7 +211,7 @@ class _GpuKernels(_Kernels):
     def _refuses_query(self, query: jax.Array) -> str | None:
         raise NotImplementedError
 
-    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: PerQuery, *rest: Any) -> Any:
+    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
         if not self.interpret:
             warnings.warn(
                 "the GPU kernels are compiled and interpreted in tests but have not run on a GPU yet; "
@@ -237,7 +238,7 @@ class TritonKernels(_GpuKernels):
 
         return tiles.refuses(query)
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+    def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
         from pallas_kernels.gpu import routing
 
         return routing.refuses(query, top_k)
@@ -245,15 +246,15 @@ class TritonKernels(_GpuKernels):
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
         from pallas_kernels.gpu import routing
 
-        options = {"config": self.config, "interpret": self.interpret}
+        options: dict[str, Any] = {"config": self.config, "interpret": self.interpret}
         return routing.route(query, key, blocks, top_k=top_k, is_causal=is_causal, **options)
 
-    def forward(self, arrays: Arrays, choice: PerQuery, scale: float) -> Results:
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
         from pallas_kernels.gpu.forward import attend_forward
 
         return self._per_query(attend_forward, arrays, choice, scale)
 
-    def backward(self, arrays: Arrays, choice: PerQuery, results: Results, cotangents: Results, scale: float) -> Arrays:
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
         from pallas_kernels.gpu.backward import attend_backward
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
@@ -278,18 +279,18 @@ class MosaicKernels(_GpuKernels):
 
         return mosaic_tiles.refuses(query)
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
-        return self.router.refuses_route(query, key, top_k)
+    def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
+        return self.router.refuses_route(query, top_k)
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
         return self.router.route(query, key, blocks, top_k, is_causal)
 
-    def forward(self, arrays: Arrays, choice: PerQuery, scale: float) -> Results:
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
         from pallas_kernels.gpu.mosaic_forward import attend_forward
 
         return self._per_query(attend_forward, arrays, choice, scale)
 
-    def backward(self, arrays: Arrays, choice: PerQuery, results: Results, cotangents: Results, scale: float) -> Arrays:
+    def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
         from pallas_kernels.gpu.mosaic_backward import attend_backward
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)

@@ -54,7 +54,7 @@ class Backend(Protocol):
     def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
         """Why it cannot attend, forward or backward, in words; None if it can. Shapes and dtypes alone decide."""
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
+    def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
         """Why it cannot route, in words; None if it can."""
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
@@ -122,11 +122,13 @@ def _group(arrays: Arrays) -> int:
     return arrays[0].shape[2] // arrays[1].shape[2]
 
 
-def _dense(scale: float, choice: Choice, results: Results, *arrays: jax.Array) -> Results:
+def _dense(
+    scale: float, choice: Choice, results: Results, query: jax.Array, key: jax.Array, value: jax.Array
+) -> Results:
     """What `attend` computes, in plain JAX and in the dtypes of results; differentiable any number of times."""
     with own_promotion():
         output, log_sum_exp = reference.masked_attention(
-            *arrays, choice.mask(), scale=scale, key_log_weight=choice.key_log_weight
+            query, key, value, choice.mask(), scale=scale, key_log_weight=choice.key_log_weight
         )
     return output.astype(results[0].dtype), log_sum_exp.astype(results[1].dtype)
 

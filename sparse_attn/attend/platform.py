@@ -47,8 +47,8 @@ class ByPlatform:
     def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
         return self._all_refuse(lambda backend: backend.refuses(arrays, choice))
 
-    def refuses_route(self, query: jax.Array, key: jax.Array, top_k: int) -> str | None:
-        return self._all_refuse(lambda backend: backend.refuses_route(query, key, top_k))
+    def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
+        return self._all_refuse(lambda backend: backend.refuses_route(query, top_k))
 
     def _all_refuse(self, refuses: Callable[[Backend], str | None]) -> str | None:
         """The reasons if every backend has one. The last is asked first: what does all asks for no import."""
@@ -103,7 +103,7 @@ def _run(
         if candidate.platforms is not None and platform not in candidate.platforms:
             continue
         if method == "route":
-            reason = candidate.refuses_route(*operands[:2], options[0])
+            reason = candidate.refuses_route(operands[0], options[0])
         else:
             reason = candidate.refuses(*operands[:2])
         if reason is None:

@@ -1,6 +1,7 @@
 """Prism: block means scored in two bands of rotary frequencies, each with its own temperature."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +118,10 @@ class Prism(System):
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         grid = Grid.of(query, key, self.block_size, is_causal=True)
         dtype = jnp.promote_types(query.dtype, jnp.float32)
-        means = [split_blocks(array.astype(dtype), self.block_size).mean(2) for array in (query, key)]
+        query_mean, key_mean = (split_blocks(array.astype(dtype), self.block_size).mean(2) for array in (query, key))
+        band = functools.partial(band_probability, query_mean, key_mean, jnp.asarray(grid.visible))
         high, low = self.temperatures or (None, None)
-        fast, _ = band_probability(*means, grid.visible, size=self.high_size, is_high=True, temperature=high)
-        slow, _ = band_probability(*means, grid.visible, size=self.low_size, is_high=False, temperature=low)
+        fast, _ = band(size=self.high_size, is_high=True, temperature=high)
+        slow, _ = band(size=self.low_size, is_high=False, temperature=low)
         chosen = choose.top_p(fast, self.high_threshold) | choose.top_p(slow, self.low_threshold)
         return grid.choose(chosen | (self.keep_first & grid.first) | (self.keep_diagonal & grid.diagonal))

@@ -31,9 +31,11 @@ from jax._src import mesh as mesh_lib  # AbstractDevice has no public name yet
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TRITON, MosaicConfig
 from pallas_kernels.gpu import backward, forward, mosaic_backward, mosaic_forward
 from pallas_kernels.gpu.routing import route
+from tests.cases import abstract_blocks
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")
 _TOKENS, _HEADS, _KV_HEADS = 4096, 4, 2
@@ -45,55 +47,55 @@ class Variant:
 
     name: str
     function: Callable[..., Any]
-    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    shapes: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct
 
 
 def route_variant(dtype: str, head_dim: int, block_size: int, top_k: int, **options: Any) -> Variant:
     """Causal routing."""
-    query, key, block, token = _shapes(dtype, head_dim, block_size)
+    query, key, blocks = _shapes(dtype, head_dim, block_size)
 
-    def function(query, key, start, length, first, last):
-        places = {"block_start": start, "block_length": length, "first_block": first, "last_block": last}
-        return route(query, key, **places, block_size=block_size, top_k=top_k, is_causal=True, **options)
+    def function(query, key, blocks):
+        return route(query, key, blocks, top_k=top_k, is_causal=True, **options)
 
     name = f"route {dtype} head_dim={head_dim} block_size={block_size} top_k={top_k}"
-    return Variant(name, function, (query, key, block, block, token, token))
+    return Variant(name, function, (query, key, blocks))
 
 
 def attend_variants(dtype: str, head_dim: int, block_size: int, top_k: int, **options: Any) -> tuple[Variant, Variant]:
     """The forward and the backward pass; options go to both, as `config` does, which says by which kernels."""
-    query, key, block, token = _shapes(dtype, head_dim, block_size)
+    query, key, blocks = _shapes(dtype, head_dim, block_size)
     indices = jax.ShapeDtypeStruct((1, _HEADS, _TOKENS, top_k), jnp.int32)
     numbers = jax.ShapeDtypeStruct((1, _TOKENS, _HEADS), jnp.float32)
     is_mosaic = isinstance(options.get("config"), MosaicConfig)
     passes = (mosaic_forward, mosaic_backward) if is_mosaic else (forward, backward)
-    options = {"block_size": block_size, "is_packed": False, "scale": 0.1} | options
+    options = {"scale": 0.1} | options
 
-    def run_forward(query, key, value, indices, start, length, stop):
-        places = {"block_start": start, "block_length": length, "key_stop": stop}
-        return passes[0].attend_forward(query, key, value, indices, **places, **options)
+    def run_forward(arrays, indices, blocks):
+        return passes[0].attend_forward(arrays, indices, blocks, **options)
 
-    def run_backward(query, key, value, indices, start, length, stop, *results):
-        places = {"block_start": start, "block_length": length, "key_stop": stop}
-        return passes[1].attend_backward(query, key, value, indices, *results, **places, **options)
+    def run_backward(arrays, indices, blocks, results, cotangents):
+        return passes[1].attend_backward(arrays, indices, blocks, results, cotangents, **options)
 
     name = f"{dtype} head_dim={head_dim} block_size={block_size} top_k={top_k}"
     if is_mosaic:
         name += f" mosaic gather_in_kernel={options['config'].gather_in_kernel}"
-    shapes = query, key, key, indices, block, block, token
+    shapes, results = ((query, key, key), indices, blocks), (query, numbers)
     return (
         Variant(f"forward {name}", run_forward, shapes),
-        Variant(f"backward {name}", run_backward, (*shapes, query, numbers, query, numbers)),
+        Variant(f"backward {name}", run_backward, (*shapes, results, results)),
     )
 
 
-def _shapes(dtype: str, head_dim: int, block_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Queries, keys, a number for each block, a number for each token."""
+def _shapes(dtype: str, head_dim: int, block_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Blocks]:
+    """Queries, keys and the geometry."""
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
     return (
         jax.ShapeDtypeStruct((1, _TOKENS, _HEADS, head_dim), dtype),
         jax.ShapeDtypeStruct((1, _TOKENS, _KV_HEADS, head_dim), dtype),
-        jax.ShapeDtypeStruct((1, -(-_TOKENS // block_size)), jnp.int32),
-        jax.ShapeDtypeStruct((1, _TOKENS), jnp.int32),
+        abstract_blocks(numbers, _TOKENS, _TOKENS, block_size),
     )
 
 
@@ -141,7 +143,8 @@ def _sharding() -> SingleDeviceSharding:
 def complaints(variant: Variant) -> list[str]:
     """Compiles a variant; the lines of the assembler on spilled registers and serialised products."""
     sharding = _sharding()
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in variant.shapes]
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    shapes = jax.tree.map(lambda x: place(x.shape, x.dtype), variant.shapes)
     compiled = jax.jit(variant.function, in_shardings=sharding, out_shardings=sharding)
     with _output() as read, h100():
         compiled.lower(*shapes).compile()

@@ -5,8 +5,8 @@ import functools
 import jax
 
 import sparse_attn
-from tests.systems.check_moba import assert_close, options_of
 from tests.backends import PLAIN
+from tests.systems.check_moba import assert_close, options_of
 
 
 def check(arrays):

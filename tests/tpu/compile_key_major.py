@@ -1,4 +1,4 @@
-"""Compiles the key-major kernels for chips that are not here, and prints each program's kernels.
+"""Compiles the kernels for choices made by every query for chips that are not here, and prints each program's kernels.
 
 `python -m tests.tpu.compile_key_major`; with the word `all`, every variant for every chip, and the chunk that fills a
 chip of 128 MiB (some minutes).
@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
 from pallas_kernels.tpu.backward import attend_backward
 from pallas_kernels.tpu.forward import attend_forward
+from tests.cases import abstract_blocks
 
 CHIPS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
 SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32)
@@ -53,16 +54,15 @@ def compile_kernels(
 
     query, key = (array(1, tokens, heads, head_dim, dtype=dtype) for heads in (HEADS, 1))
     log_sum_exp = array(1, tokens, HEADS, dtype="float32")
-    block = array(1, tokens if is_packed else -(-tokens // block_size))
-    options = {"block_size": block_size, "is_packed": is_packed, "scale": 0.1, "config": config}
+    blocks = abstract_blocks(array, tokens, tokens, block_size, num_blocks=tokens if is_packed else None)
+    options = {"scale": 0.1, "config": config}
 
-    def run(query, key, indices, log_sum_exp, block, key_stop):
-        places = {"block_start": block, "block_length": block, "key_stop": key_stop}
-        inputs = (query, key, key, indices)
-        forward = attend_forward(*inputs, **places, **options)
-        return forward, attend_backward(*inputs, *forward, query, log_sum_exp, **places, **options)
+    def run(query, key, indices, log_sum_exp, blocks):
+        arrays = query, key, key
+        forward = attend_forward(arrays, indices, blocks, **options)
+        return forward, attend_backward(arrays, indices, blocks, forward, (query, log_sum_exp), **options)
 
-    program = jax.jit(run).lower(query, key, array(1, HEADS, tokens, TOP_K), log_sum_exp, block, array(1, tokens))
+    program = jax.jit(run).lower(query, key, array(1, HEADS, tokens, TOP_K), log_sum_exp, blocks)
     program.compile()
     return set(re.findall(r'kernel_name = "(\w+)"', program.as_text()))
 

@@ -1,4 +1,4 @@
-"""Compiles the router and the query-tile-major kernels for chips that are not here, and prints each chip's kernels.
+"""Compiles the router and the kernels for choices made per tile, for chips that are not here; prints their kernels.
 
 `python -m tests.tpu.compile_tiles`
 """
@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
 from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
 from pallas_kernels.tpu.routing import route
+from tests.cases import abstract_blocks
 
 # Topology, dtype, head_dim, query_block_size, key_block_size.
 VARIANTS = (
@@ -36,19 +37,16 @@ def compile_kernels(topology: str, dtype: str, head_dim: int, query_block_size: 
     query = array(1, TOKENS, HEADS, head_dim, dtype=dtype)
     key = array(1, TOKENS, KV_HEADS, head_dim, dtype=dtype)
     log_sum_exp = array(1, TOKENS, HEADS, dtype="float32")
-    blocks = array(1, HEADS, -(-TOKENS // query_block_size), LIST)
-    sizes = {"query_block_size": query_block_size, "key_block_size": key_block_size, "scale": 0.1}
+    lists = array(1, HEADS, -(-TOKENS // query_block_size), LIST)
+    blocks = abstract_blocks(array, TOKENS, TOKENS, key_block_size)
 
-    def run(query, key, blocks, numbers, log_sum_exp, block_start, block_length):
-        places = {"block_start": block_start, "block_length": block_length}
-        reach = {"first_block": numbers, "last_block": numbers}
-        indices = route(query, key, **places, **reach, block_size=key_block_size, top_k=9, is_causal=True)
-        inputs = (query, key, key, blocks, numbers, numbers, numbers)
-        forward = attend_tiles_forward(*inputs, **sizes)
-        return indices, forward, attend_tiles_backward(*inputs, query, log_sum_exp, query, log_sum_exp, **sizes)
+    def run(query, key, lists, log_sum_exp, blocks):
+        indices = route(query, key, blocks, top_k=9, is_causal=True)
+        choice, results = ((query, key, key), lists, blocks, query_block_size), (query, log_sum_exp)
+        forward = attend_tiles_forward(*choice, scale=0.1)
+        return indices, forward, attend_tiles_backward(*choice, results, results, scale=0.1)
 
-    places = [array(1, -(-TOKENS // key_block_size))] * 2
-    program = jax.jit(run).lower(query, key, blocks, array(1, TOKENS), log_sum_exp, *places)
+    program = jax.jit(run).lower(query, key, lists, log_sum_exp, blocks)
     program.compile()
     return set(re.findall(r'kernel_name = "(\w+)"', program.as_text()))
 
