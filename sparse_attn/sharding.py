@@ -14,12 +14,15 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 def vary_alike(tree: Any, *like: Any) -> Any:
@@ -172,7 +175,9 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
     return call(*map(reshard, leaves, words))
 
 
-def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, Any]], str] = "", **axes: Any) -> Any:
+def splits_over_mesh(
+    out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, Any]], str] = "", **axes: Any
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
     """Decorator: the function runs on arrays that Explicit mesh axes split, through `over_explicit_axes`.
 
     Args:
@@ -183,11 +188,11 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: str | Callable[[dict[str, 
     """
     axes = {"query": "b.h", "key": "b.k", "value": "b.k"} | axes
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
             mesh = jax.sharding.get_abstract_mesh()
             if AxisType.Explicit not in mesh.axis_types:
                 with own_promotion():
