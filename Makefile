@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 CUDA_VENV ?= .venv-cuda
+WHEEL_VENV := .venv-wheel
 PRESET ?= tiny
 
-.PHONY: reproduce test test-versions compile-gpu lint benchmark clean
+.PHONY: reproduce test test-versions compile-gpu wheel lint benchmark clean
 
 reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, write the report
 	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
@@ -28,6 +29,15 @@ compile-gpu: ## compiles every GPU kernel, without a GPU; downloads CUDA, 5 GB: 
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; set PYTHON=...")'
 	$(MAKE) $(CUDA_VENV)/ready-cuda13 VENV=$(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m tests.gpu.compile
+
+wheel: $(VENV)/ready-build  ## builds dist/ and tries the wheel in an empty environment, out of the checkout's reach
+	rm -rf build dist *.egg-info $(WHEEL_VENV)
+	$(RUN) -m build
+	$(RUN) -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl mypy
+	cp tests/smoke.py $(WHEEL_VENV)
+	cd $(WHEEL_VENV) && bin/python -I smoke.py && bin/mypy --strict --config-file= smoke.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'

@@ -7,6 +7,8 @@ from sparse_attn.keys import causal_key_convolution
 from sparse_attn.selection import BlockSelection
 from sparse_attn.window import sliding_window_attention
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BlockSelection",
     "block_sparse_attention",

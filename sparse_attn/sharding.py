@@ -14,12 +14,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+_Self = TypeVar("_Self")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_Method = Callable[Concatenate[_Self, _Parameters], _Result]
 
 
 def vary_alike(tree: Any, *like: Any) -> Any:
@@ -172,7 +177,9 @@ def over_explicit_axes(function: Callable[..., Any], operands: tuple, in_axes: A
     return call(*map(reshard, leaves, words))
 
 
-def splits_over_mesh(out_axes: Any = "b.h", *, whole: Callable[[Any], str] = lambda self: "", **axes: Any) -> Any:
+def splits_over_mesh(
+    out_axes: Any = "b.h", *, whole: Callable[[Any], str] = lambda self: "", **axes: Any
+) -> Callable[[_Method[_Self, _Parameters, _Result]], _Method[_Self, _Parameters, _Result]]:
     """Decorator: the method runs on arrays that Explicit mesh axes split, through `over_explicit_axes`.
 
     Args:
@@ -182,11 +189,11 @@ def splits_over_mesh(out_axes: Any = "b.h", *, whole: Callable[[Any], str] = lam
     """
     axes = {"query": "b.h", "key": "b.k", "value": "b.k"} | axes
 
-    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(method: _Method[_Self, _Parameters, _Result]) -> _Method[_Self, _Parameters, _Result]:
         signature = inspect.signature(method)
 
         @functools.wraps(method)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: _Self, /, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
             mesh = jax.sharding.get_abstract_mesh()
             if AxisType.Explicit not in mesh.axis_types:
                 with own_promotion():

@@ -1,27 +1,60 @@
-"""What the package exports, and who imports whom."""
+"""What the package exports, who imports whom, and which parts of JAX it stands on that may change."""
 
 import ast
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
+import jax
 import pytest
+from packaging.requirements import Requirement
 
 import sparse_attn
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+# What JAX promises nothing about: each is a reason for the upper bound on jax in pyproject.toml.
+UNSTABLE = ("jax._src.", "jax.experimental.", "jax.extend.", "jax.interpreters.", "jaxlib.")
+REASONS = {
+    "sparse_attn": {
+        "jax.experimental.custom_partitioning.custom_partitioning": "tells XLA that rows and heads are independent",
+        "jax.extend.core.Primitive": "the linear operation whose transpose is the sparse backward pass",
+        "jax.interpreters.ad": "its derivative and transpose",
+        "jax.interpreters.batching": "its vmap",
+        "jax.interpreters.mlir": "its lowering",
+    },
+    "pallas_kernels": {
+        "jax.experimental.pallas": "all kernels",
+        "jax.experimental.pallas.tpu": "TPU kernels",
+        "jax.experimental.pallas.triton": "GPU kernels",
+        "jax.experimental.pallas.mosaic_gpu": "GPU kernels for Hopper",
+        "jax.experimental.mosaic.gpu": "numbers in registers, inside instructions written by hand",
+        "jax.experimental.mosaic.gpu.utils": "conditions and addresses there",
+        "jaxlib.mlir.ir": "instructions written by hand",
+        "jaxlib.mlir.dialects.arith": "instructions written by hand",
+        "jaxlib.mlir.dialects.llvm": "instructions written by hand",
+        "jaxlib.mlir.dialects.nvvm": "instructions written by hand",
+        "jax.experimental.topologies": "compiles for a TPU that is not there, for the report",
+        "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel": "what the report compares with",
+        "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask": "what the report compares with",
+    },
+    "experiments": {},
+}
+
 
 def imports(path):
-    """Modules that a source file imports, wherever in the file."""
+    """Names that a source file imports, wherever in the file, and dotted names that it uses."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
 
 
 def sources(room):
@@ -74,3 +107,21 @@ def test_flax_is_imported_under_sparse_attn_nn_alone():
             for module in imports(path):
                 assert module.split(".")[0] != "flax", f"{path}: {module}"
                 assert not module.startswith("sparse_attn.nn"), f"{path}: {module}"
+
+
+@pytest.mark.parametrize("room", REASONS)
+def test_the_unstable_parts_of_jax_that_are_used_are_known(room):
+    used = {name for path in sources(room) for name in imports(path)}
+    assert {name for name in used if f"{name}.".startswith(UNSTABLE)} == set(REASONS[room])
+
+
+def test_jax_is_bounded_above_by_what_was_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {requirement.name: requirement.specifier for requirement in map(Requirement, project["dependencies"])}
+    assert required["jax"].contains(jax.__version__)
+    assert any(bound.operator == "<" for bound in required["jax"])
+
+
+def test_the_changelog_begins_with_the_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == sparse_attn.__version__

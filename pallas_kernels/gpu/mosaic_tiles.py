@@ -31,7 +31,7 @@ from pallas_kernels.gpu.tiles import ceil_div, divide
 ROWS = 64  # rows of one wgmma: the share of a warpgroup in a tile
 LARGEST_KEY_SIZE = 128  # keys of a tile
 LARGEST_HEAD_DIM = 128
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract, unused-ignore]
 BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # a number a row of a product, in registers
 BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 _LANES = 128  # threads of a warpgroup
@@ -157,17 +157,17 @@ def product(a: Any, b: Any) -> jax.Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(compute, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))  # type: ignore[attr-defined]
 
 
 def add_product(total: jax.Array, a: Any, b: Any) -> jax.Array:
     """total + a b, in place."""
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(total))  # type: ignore[attr-defined]
 
 
 def load_numbers(ref: Any, layout: Any) -> jax.Array:
     """A list in shared memory as an array in registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # jax 0.10 asks for more
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg, unused-ignore]  # jax 0.10 asks for more
 
 
 def zeros(rows: int, columns: int) -> jax.Array:

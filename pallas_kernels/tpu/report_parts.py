@@ -215,9 +215,11 @@ def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
         """A fixed number in front of the loop of unknown length, which counts as 0 but makes its length be computed."""
         return lax.fori_loop(start, stop, body, lax.fori_loop(start, extractions, body, carry))
 
-    routing.lax = _with(lax, fori_loop=extract, cond=lambda _, cut, whole: (cut if is_cut else whole)())
-    routing.pl = _with(pl, when=_always)
-    routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)
+    routing.lax = _with(  # type: ignore[attr-defined]
+        lax, fori_loop=extract, cond=lambda _, cut, whole: (cut if is_cut else whole)()
+    )
+    routing.pl = _with(pl, when=_always)  # type: ignore[attr-defined]
+    routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)  # type: ignore[attr-defined]
 
     def route(query: Any, block: Any, reach: Any) -> Any:
         places = {"block_start": block, "block_length": block, "first_block": reach, "last_block": reach}
