@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -61,7 +61,6 @@ from pallas_kernels.gpu.tiles import (
     store_numbers,
     store_rows,
 )
-from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_forward(
@@ -76,7 +75,7 @@ def attend_forward(
     block_size: int,
     is_packed: bool,
     scale: float,
-    config: TritonConfig | None = None,
+    config: TritonConfig = TRITON,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over the blocks it chose: softmax(scale q k^T) v.
@@ -96,7 +95,7 @@ def attend_forward(
       block_size: keys in a full block.
       is_packed: taken for the sake of one signature for all backends; blocks may start anywhere.
       scale: factor of the logits.
-      config: sizes inside the kernels; None for those of the table (`tuning`).
+      config: sizes inside the kernels.
       interpret: whether to run on a CPU, interpreted.
 
     Returns:
@@ -106,7 +105,6 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
-    config = config or tuned(query.shape[-1], block_size, indices.shape[-1])
     plan, attend = attend_chunks(
         query,
         key,

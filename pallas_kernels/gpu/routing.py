@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu.tiles import (
     NT,
     SMALLEST_SIDE,
@@ -53,7 +53,6 @@ from pallas_kernels.gpu.tiles import (
     store_numbers,
     store_rows,
 )
-from pallas_kernels.gpu.tuning import tuned
 
 # Id of an empty place in a list, before its number is added: above every block.
 _NO_BLOCK = 1 << 30
@@ -72,7 +71,7 @@ def route(
     block_size: int,
     top_k: int,
     is_causal: bool,
-    config: TritonConfig | None = None,
+    config: TritonConfig = TRITON,
     interpret: bool = False,
 ) -> jax.Array:
     """The blocks that each query chooses: the `top_k` largest scores, score = query . mean(keys of the block).
@@ -92,7 +91,7 @@ def route(
       block_size: keys in a full block.
       top_k: blocks that a query may choose, at most the number of blocks.
       is_causal: whether last_block is forced.
-      config: tile sizes; None for those of the table (`tuning`).
+      config: tile sizes.
       interpret: whether to run on a CPU, interpreted.
 
     Returns:
@@ -105,7 +104,6 @@ def route(
     if top_k > _LARGEST_TOP_K:
         raise NotImplementedError(f"the GPU router takes top_k up to {_LARGEST_TOP_K}, got {top_k=}")
     batch, num_queries, num_heads, head_dim = query.shape
-    config = config or tuned(head_dim, block_size, top_k)
     kv_heads, num_blocks = key.shape[2], block_start.shape[1]
     means = block_means(
         key,
