@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Callable
 
 from experiments.stop import Stopped
 
@@ -41,8 +40,22 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("experiments").setLevel(logging.INFO)
-    try:
-        _run(arguments[0], arguments[1:])
+    name, options = arguments[0], arguments[1:]
+    try:  # imports stand here, so that the usage above needs none of them and a missing package is reported below
+        if name == "on_device":  # for machines that have JAX and none of the extras
+            from experiments.kernels import on_device
+
+            on_device.main(options)
+        elif name == "compare_torch":  # likewise, with PyTorch
+            from experiments.kernels import compare_torch
+
+            compare_torch.main(options)
+        else:
+            import tyro
+
+            from experiments.commands import COMMANDS as commands
+
+            tyro.cli(commands[name], prog=f"python -m experiments {name}", args=options, use_underscores=True)
     except KeyboardInterrupt as stop:
         print(f"{stop or 'Stopped.'}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
         return stop.exit_status if isinstance(stop, Stopped) else 130
@@ -56,58 +69,6 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _run(name: str, options: list[str]) -> None:
-    """Runs a command and imports only what that command needs."""
-    match name:
-        case "train":
-            from experiments.train import train_command
-
-            _parse(name, train_command, options)
-        case "evaluate":
-            from experiments.evaluate import evaluate_command
-
-            _parse(name, evaluate_command, options)
-        case "study":
-            from experiments.studies import study
-
-            _parse(name, study, options)
-        case "reproduce":
-            from experiments.studies import reproduce
-
-            _parse(name, reproduce, options)
-        case "report":
-            from experiments.report import report
-
-            _parse(name, report, options)
-        case "benchmark":
-            from experiments.studies.efficiency import benchmark
-
-            _parse(name, benchmark, options)
-        case "roofline":
-            from experiments.kernels.roofline import roofline
-
-            _parse(name, roofline, options)
-        case "tpu_report":
-            from experiments.kernels.tpu_report import tpu_report
-
-            _parse(name, tpu_report, options)
-        case "on_device":  # for GPU machines that have JAX and nothing else: argparse instead of tyro
-            from experiments.kernels import on_device
-
-            on_device.main(options)
-        case "compare_torch":  # likewise, with PyTorch
-            from experiments.kernels import compare_torch
-
-            compare_torch.main(options)
-
-
-def _parse(name: str, command: Callable[..., None], options: list[str]) -> None:
-    """Calls a function: its signature is the command's options, its docstring their help."""
-    import tyro
-
-    tyro.cli(command, prog=f"python -m experiments {name}", args=options, use_underscores=True)
 
 
 if __name__ == "__main__":

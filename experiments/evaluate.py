@@ -1,9 +1,7 @@
 """Loss, accuracy, bits per byte, and accuracy by the depth of a needle."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +10,8 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.config import DataConfig, Task
-from experiments.data import Data, make_data
+from experiments.config import DataConfig
+from experiments.data.source import Data
 from sparse_attn.nn import Transformer
 
 DEPTH_BINS = 10
@@ -63,32 +61,6 @@ def _score(
     logits = model(tokens, segment_ids)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, jax.numpy.maximum(targets, 0))
     return loss, logits.argmax(-1) == targets
-
-
-def evaluate_command(
-    run_dir: Path,
-    task: Task | None = None,
-    sequence_lengths: tuple[int, ...] = (),
-    num_pairs: int | None = None,
-    num_batches: int = 8,
-) -> None:
-    """Evaluates a trained model and prints one line of JSON for each sequence length.
-
-    Args:
-      run_dir: directory of the run.
-      task: what to evaluate on; None: what it was trained on. recall and needle can stand in for each other (a task).
-      sequence_lengths: lengths of the sequences; none: that of training (tokens).
-      num_pairs: recall, needle: pairs in a sequence; None: as in training (pairs).
-      num_batches: length of the evaluation; long sequences come in smaller batches (validation batches).
-    """
-    from experiments.train import load_run
-
-    config, model = load_run(run_dir)
-    for length in sequence_lengths or (config.data.sequence_length,):
-        data = at_length(config.data, length)
-        data = dataclasses.replace(data, task=task or data.task, num_pairs=num_pairs or data.num_pairs)
-        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches)
-        print(json.dumps({"task": data.task, "sequence_length": length, **result}))
 
 
 def at_length(data: DataConfig, sequence_length: int) -> DataConfig:

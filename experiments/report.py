@@ -24,15 +24,6 @@ img { max-width: 100%; background: #fff; border-radius: 6px; } code { font-size:
 _IMAGES = {"comparison": ("comparison", "selection")}
 
 
-def report(out: Path = Path("runs/tiny")) -> None:
-    """Writes the report of what the studies left in a directory.
-
-    Args:
-      out: directory of a preset's results, such as runs/tiny.
-    """
-    print(write_report(out).resolve())
-
-
 def write_report(out: Path) -> Path:
     """Writes report.md, report.html and plots/ into a preset's directory, from the study.json files in it.
 

@@ -11,17 +11,17 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 
 from experiments import checkpoint
 from experiments.config import OptimizerConfig, RunConfig, fingerprint, from_dict, to_dict
-from experiments.data import Data, make_data
+from experiments.data import make_data
+from experiments.data.source import Data
 from experiments.evaluate import evaluate
 from experiments.metrics import Metrics, check_local, write_json
 from experiments.stop import Stopped, stop_on_signal
@@ -144,19 +144,6 @@ def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
     config, _, (_, state, _) = _read_run(run_dir, "run_dir")
     graph, _, _ = _compile(config.model, config.optimizer, config.train.steps)
     return config, nnx.merge(graph, state.params)
-
-
-def train_command(
-    config: Annotated[RunConfig, tyro.conf.arg(name="")], run_dir: Path | None = None, resume: bool = True
-) -> None:
-    """Trains one model, or goes on with a run that was stopped.
-
-    Args:
-      config: the run.
-      run_dir: directory of the run; None: runs/NAME.
-      resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
-    """
-    train(config, run_dir or Path("runs") / config.name, resume)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data import Split
+from experiments.data.source import Split
 from experiments.data.text import PackedDocuments
 from experiments.metrics import write_json
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data import Batch, Split, generator
+from experiments.data.source import Batch, Split, generator
 
 
 class NeedleData:

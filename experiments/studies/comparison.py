@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from experiments.config import to_dict
 from experiments.data import make_data
 from experiments.evaluate import at_length
+from experiments.preset import ComparisonConfig, Preset
 from experiments.studies.snr import attention_inputs
 from experiments.studies.variants import dense, keep_to, share_cores, train_variants, write_study
 from experiments.train import load_run
@@ -52,26 +53,7 @@ from sparse_attn.systems.recipe import Recipe
 from sparse_attn.tiles import attend_tiles
 from sparse_attn.visibility import make_visibility
 
-if TYPE_CHECKING:
-    from experiments.configs import Preset
-
 _STEPS = 5  # of the bisection over a setting
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparisonConfig:
-    """At which sizes the systems are compared."""
-
-    density: float = 0.25
-    """Exactly attended pairs over visible pairs, the target (a share)."""
-    sequence_length: int = 512
-    """Length of the validation sequences (tokens)."""
-    batch_size: int = 2
-    """Sequences (sequences)."""
-    block_size: int = 32
-    """Keys in a block, and queries in a block where systems choose for blocks of queries (tokens)."""
-    repeats: int = 5
-    """Measurements of each time (calls)."""
 
 
 class Oracle:
@@ -183,7 +165,7 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
     ]
 
 
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Compares the systems on the preset's dense models; writes comparison/study.json."""
     config = preset.comparison
     settings = {

@@ -15,87 +15,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.metrics import check_local, write_json
+from experiments.preset import EfficiencyConfig, Preset
 from experiments.studies.variants import write_study
-from experiments.train import about
 from sparse_attn import moba_attention
-
-if TYPE_CHECKING:
-    from experiments.configs import Preset
 
 _NAMES = "moba", "one_device", "dense", "torch"
 _REST = 0.25  # seconds between measurements: the threads of other libraries go on spinning for a while after a call
 
 
-@dataclasses.dataclass(frozen=True)
-class EfficiencyConfig:
-    """What is timed. Dense attention holds a table of queries x keys, so it stops at a length of its own.
-
-    Raises:
-      ValueError: there is nothing to time.
-    """
-
-    sequence_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    """Sequence lengths (tokens)."""
-    longest_dense: int = 16384
-    """Longest forward pass of dense attention (tokens)."""
-    longest_dense_backward: int = 8192
-    """Longest forward and backward pass of dense attention (tokens)."""
-    batch_size: int = 1
-    """Sequences (sequences)."""
-    num_heads: int = 2
-    """Query, key and value heads (heads)."""
-    head_dim: int = 64
-    """Channels of a head (channels)."""
-    block_size: int = 64
-    """Keys in a block (tokens)."""
-    top_k: int = 8
-    """Blocks that a query attends (blocks)."""
-    dtype: str = "float32"
-    """Type of queries, keys and values (a name)."""
-    repeats: int = 7
-    """Measurements of each contestant (calls)."""
-    torch: bool = True
-    """Whether to time the forward pass of PyTorch's scaled_dot_product_attention too, where PyTorch is installed (on a
-    CPU, in float32)."""
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1 or not self.sequence_lengths:
-            raise ValueError(
-                f"repeats must be at least 1 and sequence_lengths not empty, got repeats={self.repeats} and "
-                f"sequence_lengths={self.sequence_lengths}"
-            )
-
-
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Measures the preset's lengths; writes efficiency/study.json."""
     settings = dataclasses.asdict(preset.efficiency)
     return write_study(out, "efficiency", preset.name, settings, lambda: measure(preset.efficiency))
-
-
-def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: Path | None = None) -> None:
-    """Prints time and memory of MoBA, routing included, beside dense attention's, and the machine they were taken on.
-
-    Args:
-      config: what is timed.
-      out: JSON file to write the numbers to as well.
-    """
-    if out is not None:
-        check_local(out, "out")
-    numbers = {"settings": dataclasses.asdict(config), "about": about(), **measure(config)}
-    print(table(numbers))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, numbers)
 
 
 def measure(config: EfficiencyConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,60 +13,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.data import make_data
+from experiments.preset import Preset, SnrConfig
 from experiments.studies.variants import write_study
 from experiments.train import load_run
 from sparse_attn import route_moba, theory
 from sparse_attn.nn import Transformer
 
-if TYPE_CHECKING:
-    from experiments.configs import Preset
 
-
-@dataclasses.dataclass(frozen=True)
-class SnrConfig:
-    """The Monte Carlo varies one quantity at a time around a centre; the measurement needs trained recall models.
-
-    Raises:
-      ValueError: trials is not a multiple of groups.
-    """
-
-    head_dim: int = 64
-    """Centre: channels of a head (channels)."""
-    block_size: int = 32
-    """Centre: keys in a block (tokens)."""
-    num_related: int = 1
-    """Centre: related keys in the relevant block (keys)."""
-    delta_mu: float = 1.0
-    """Centre: mean product of query and relevant key above that of unrelated keys (a pure number)."""
-    head_dims: tuple[int, ...] = (32, 64, 128)
-    """Values of head_dim (channels)."""
-    block_sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """Values of block_size (tokens)."""
-    nums_related: tuple[int, ...] = (1, 2, 4)
-    """Values of num_related (keys)."""
-    delta_mus: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Values of delta_mu (pure numbers)."""
-    cluster_gap: float = 0.5
-    """Mean product of the query with the other related keys above that of unrelated keys (a pure number)."""
-    num_blocks: int = 16
-    """Candidate blocks (blocks)."""
-    top_k: int = 3
-    """Blocks chosen among them (blocks)."""
-    trials: int = 1024
-    """Queries drawn for each point (queries)."""
-    groups: int = 8
-    """Parts of the trials whose scatter gives the standard error (parts)."""
-    evaluate_batches: int = 2
-    """Validation batches on which trained models are measured (batches)."""
-
-    def __post_init__(self) -> None:
-        if self.groups < 2 or self.trials % self.groups:
-            raise ValueError(
-                f"trials must be a multiple of groups, at least 2, got trials={self.trials} and groups={self.groups}"
-            )
-
-
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Monte Carlo, then every trained recall run that is in out/recall; writes snr/study.json."""
     results = sorted((out / "recall").glob("*/result.json"))
     runs = [
