@@ -20,7 +20,7 @@ COMMANDS = {
 
 # The extra that brings an optional package, by the name it is imported by.
 EXTRAS = dict.fromkeys(["datasets", "tokenizers"], "huggingface") | dict.fromkeys(
-    ["chex", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm", "tyro"], "experiments"
+    ["chex", "markdown_it", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm", "tyro"], "experiments"
 )
 
 

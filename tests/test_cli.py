@@ -154,7 +154,8 @@ def test_every_package_of_the_extras_is_known():
     for extra in ("experiments", "huggingface"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement).group()
-            expected["orbax" if name == "orbax-checkpoint" else name] = extra
+            imported = {"markdown-it-py": "markdown_it", "orbax-checkpoint": "orbax"}
+            expected[imported.get(name, name)] = extra
     assert expected == EXTRAS
 
 
