@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -33,17 +34,20 @@ def evaluate(model: Transformer, data: Data, num_batches: int) -> dict[str, Any]
       accuracy_by_depth (needle): accuracy of the answers that stand in each tenth of the sequence, None where no
         answer does.
     """
-    losses, hits, depths = [], [], []
+    losses: list[np.ndarray] = []
+    hits: list[np.ndarray] = []
+    depths: list[np.ndarray] = []
     for step in tqdm(range(num_batches), desc="evaluate", leave=False, disable=None):
         batch = data.batch(step, "validation")
-        loss, hit = _score(model, batch["tokens"], batch["targets"], batch.get("segment_ids"))
+        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
+        scores = _score(model, arrays["tokens"], arrays["targets"], arrays.get("segment_ids"))
         asked = batch["targets"] >= 0
-        losses.append(np.asarray(loss)[asked])
-        hits.append(np.asarray(hit)[asked])
+        for kept, score in zip((losses, hits), scores, strict=True):
+            kept.append(np.asarray(score)[asked])
         if "depth" in batch:
             depths.append(batch["depth"][asked])
     loss, hit = np.concatenate(losses).astype(np.float64), np.concatenate(hits)
-    result = {"loss": float(loss.mean()), "accuracy": float(hit.mean()), "num_targets": int(hit.size)}
+    result: dict[str, Any] = {"loss": float(loss.mean()), "accuracy": float(hit.mean()), "num_targets": int(hit.size)}
     if data.bytes_per_token is not None:
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token
     if depths:
@@ -59,7 +63,7 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy (nats) and whether the target has the largest logit, both [batch, sequence]."""
     logits = model(tokens, segment_ids)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jax.numpy.maximum(targets, 0))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return loss, logits.argmax(-1) == targets
 
 

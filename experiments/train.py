@@ -240,12 +240,12 @@ def _first_state(
     if config.init_from is None:
         return 0, state, 0.0
     _, _, (step, source, _) = _read_run(Path(config.init_from), "init_from")
-    here, there = _describe(state.params), _describe(source.params)
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
+    new, old = _describe(state.params), _describe(source.params)
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name):
             raise ValueError(
                 f"init_from={config.init_from} must hold the parameters of this model: {name} is "
-                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+                f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here"
             )
     log.info("beginning with the parameters of step %d of %s", step, config.init_from)
     return 0, state._replace(params=source.params), 0.0

@@ -171,7 +171,7 @@ def test_systems_are_ranked_in_their_league_and_a_selection_is_drawn(tmp_path):
     (finding,) = (found for found in find_all({"comparison": numbers}) if found.study == "comparison")
     assert finding.verdict == "measured"
     assert "recall, causal: least error SALE (0.20), most mass MoBA (0.50), quickest choice MoBA" in finding.ours
-    assert "all see all: least error PISA" in finding.ours
+    assert "bidirectional: least error PISA" in finding.ours
     (tmp_path / "comparison").mkdir()
     (tmp_path / "comparison" / "study.json").write_text(json.dumps(numbers))
     write_report(tmp_path)

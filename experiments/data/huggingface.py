@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,7 @@ def _tokenize(config: DataConfig, directory: Path) -> dict:
     }
 
 
-def _tokenizer(config: DataConfig):
+def _tokenizer(config: DataConfig) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if config.tokenizer is not None:

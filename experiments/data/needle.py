@@ -21,7 +21,7 @@ class NeedleData:
       ValueError: pairs and questions do not fit.
     """
 
-    bytes_per_token = None
+    bytes_per_token: float | None = None
 
     def __init__(self, config: DataConfig, seed: int):
         self.num_slots = config.sequence_length // 2 - config.num_queries

@@ -21,7 +21,7 @@ class RecallData:
       ValueError: the pairs do not fit.
     """
 
-    bytes_per_token = None
+    bytes_per_token: float | None = None
 
     def __init__(self, config: DataConfig, seed: int):
         self.num_slots = (

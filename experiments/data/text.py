@@ -54,7 +54,7 @@ class PackedDocuments:
         config: DataConfig,
         seed: int,
         vocab_size: int,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
         description: dict,
     ):
         self._streams = {"train": train, "validation": validation}

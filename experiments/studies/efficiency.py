@@ -62,9 +62,9 @@ def table(numbers: dict[str, Any]) -> str:
     def show(value: float | None, spread: float | None = None) -> str:
         return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
 
-    head = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
+    head: tuple[str, ...] = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
     head += ("moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in numbers["rows"]:
         times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in _NAMES]
         ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
@@ -92,7 +92,8 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     for name, function in attention.items():
         compiled = _compile(_over_heads(function, sharding), spread_inputs, is_training)
         calls[name] = functools.partial(_call, compiled, spread_inputs)
-        memory[name] = sharding.num_devices * compiled.memory_analysis().temp_size_in_bytes / 2**20
+        used: Any = compiled.memory_analysis()
+        memory[name] = sharding.num_devices * used.temp_size_in_bytes / 2**20
     if sharding.num_devices > 1:
         calls["one_device"] = functools.partial(_call, _compile(attention["moba"], inputs, is_training), inputs)
     is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
@@ -105,7 +106,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     blocks = np.minimum(np.arange(length) // config.block_size + 1, config.top_k)  # chosen by each query
     pairs = config.batch_size * config.num_heads * float(blocks.sum()) * config.block_size
     flops = 4 * config.head_dim * pairs * (3.5 if is_training else 1)
-    row = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
+    row: dict[str, Any] = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
     for name in _NAMES:
         row |= {f"{name}_ms": median.get(name), f"{name}_iqr_ms": spread.get(name)}
     for name in ("dense", "torch"):
@@ -159,7 +160,7 @@ def _draw_inputs(config: EfficiencyConfig, length: int) -> list[jax.Array]:
     return [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
 
 
-def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_training: bool) -> Callable[..., Any]:
+def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_training: bool) -> jax.stages.Compiled:
     return jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
 
 

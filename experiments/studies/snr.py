@@ -121,8 +121,8 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
     for step in range(config.evaluate_batches):
         batch = data.batch(step, "validation")
         relevant = find_values(batch["tokens"], batch["targets"])
-        for layer, (query, key, _) in enumerate(attention_inputs(model, batch["tokens"])):
-            layers.setdefault(layer, []).append((np.asarray(query), np.asarray(key), relevant))
+        for layer, inputs in enumerate(attention_inputs(model, jnp.asarray(batch["tokens"]))):
+            layers.setdefault(layer, []).append((*map(np.asarray, inputs[:2]), relevant))
     kinds = [kind for kind in run_config.model.layer_kinds if kind != "sliding_window"]
     rows = []
     for layer, batches in layers.items():
