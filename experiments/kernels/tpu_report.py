@@ -101,7 +101,7 @@ def _key_major() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
 def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float]) -> None:
     """Prints the tables of the whole forward and backward passes."""
     for block_size, top_k in CHOICES:
-        print(f"Forward, cycles per (query, chosen block) pair, block {block_size}, top_k {top_k}:\n")
+        print(f"Forward, cycles per real (query, chosen block) pair, block {block_size}, top_k {top_k}:\n")
         rows: list[tuple[object, ...]] = []
         backward_rows: list[tuple[object, ...]] = []
         for tokens in TOKENS:
@@ -151,7 +151,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
         more = ("router, per pair", "ratio with it") if block_size == 128 else ()
         header = ("tokens", "chunk rows", "tile", *named, "per query", "splash, causal, per query", "ratio", *more)
         _table(header, rows)
-        print(f"Backward, cycles per pair, block {block_size}, top_k {top_k}:\n")
+        print(f"Backward, cycles per real pair, block {block_size}, top_k {top_k}:\n")
         parts_named = "in the step", "padding", "load, store", "pack", "sort, count, cut"
         _table(("tokens", *parts_named, "all", "over the forward"), backward_rows)
 
