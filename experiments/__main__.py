@@ -1,24 +1,26 @@
 """Command line: `python -m experiments COMMAND --help` explains every option with its unit."""
 
-import importlib
 import logging
 import sys
 
 from experiments.stop import Stopped
 
-# Where each command lives: its function's signature is its options, its docstring its help. Imported when called.
 COMMANDS = {
-    "train": ("experiments.train", "train_command", "train one model, or go on with a run that was stopped"),
-    "evaluate": ("experiments.evaluate", "evaluate_command", "evaluate a trained model, at any length and on any task"),
-    "study": ("experiments.studies", "study", "run one study of a preset"),
-    "reproduce": ("experiments.studies", "reproduce", "run every study of a preset, then write its report"),
-    "report": ("experiments.report", "report", "write the report of what the studies left in their directories"),
-    "benchmark": ("experiments.studies.efficiency", "benchmark", "time and memory against dense attention"),
+    "train": "train one model, or go on with a run that was stopped",
+    "evaluate": "evaluate a trained model, at any length and on any task",
+    "study": "run one study of a preset",
+    "reproduce": "run every study of a preset, then write its report",
+    "report": "write the report from the studies' files",
+    "benchmark": "time and memory against dense attention",
+    "on_device": "test and time the GPU kernels on this machine's GPU",
+    "compare_torch": "time PyTorch's flash attention on the problems of on_device",
+    "roofline": "what the GPU kernels should cost, by arithmetic",
+    "tpu_report": "static estimates of the TPU kernels; needs no TPU",
 }
 
 # The extra that brings an optional package, by the name it is imported by.
 EXTRAS = dict.fromkeys(["datasets", "tokenizers"], "huggingface") | dict.fromkeys(
-    ["chex", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm", "tyro"], "experiments"
+    ["chex", "markdown_it", "matplotlib", "optax", "orbax", "tensorboardX", "tqdm", "tyro"], "experiments"
 )
 
 
@@ -33,17 +35,27 @@ def main(arguments: list[str]) -> int:
       command line that does not parse; 130 for Ctrl-C; 143 for SIGTERM.
     """
     if not arguments or arguments[0] not in COMMANDS:
-        usage = "\n".join(f"  {name:10} {summary}" for name, (_, _, summary) in COMMANDS.items())
+        usage = "\n".join(f"  {name:13} {summary}" for name, summary in COMMANDS.items())
         print(f"usage: python -m experiments COMMAND [OPTIONS]\n\n{usage}\n\nOptions: python -m experiments COMMAND -h")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("experiments").setLevel(logging.INFO)
-    module, function, _ = COMMANDS[arguments[0]]
-    try:
-        import tyro  # here, where its absence is met
+    name, options = arguments[0], arguments[1:]
+    try:  # imports stand here, so that the usage above needs none of them and a missing package is reported below
+        if name == "on_device":  # for machines that have JAX and none of the extras
+            from experiments.kernels import on_device
 
-        command = getattr(importlib.import_module(module), function)
-        tyro.cli(command, prog=f"python -m experiments {arguments[0]}", args=arguments[1:], use_underscores=True)
+            on_device.main(options)
+        elif name == "compare_torch":  # likewise, with PyTorch
+            from experiments.kernels import compare_torch
+
+            compare_torch.main(options)
+        else:
+            import tyro
+
+            from experiments.commands import COMMANDS as commands
+
+            tyro.cli(commands[name], prog=f"python -m experiments {name}", args=options, use_underscores=True)
     except KeyboardInterrupt as stop:
         print(f"{stop or 'Stopped.'}\nTo resume: python -m experiments {' '.join(arguments)}", file=sys.stderr)
         return stop.exit_status if isinstance(stop, Stopped) else 130

@@ -201,16 +201,20 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"not a configuration of this version of the experiments: {error}") from error
 
 
-def fingerprint(config: RunConfig) -> str:
-    """Hash of all that decides the parameters: seed, model, data, optimizer, number of steps, and where they begin.
-
-    Runs of equal fingerprint may continue each other's checkpoints; how often they log does not matter.
-    """
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """All that decides the parameters, by its name on the command line: how often a run logs or saves does not."""
     fields = to_dict(config)
-    decisive = {k: fields[k] for k in ("seed", "model", "data", "optimizer")} | {"steps": config.train.steps}
-    # Left out where unset, so that runs from before these fields were there go on.
-    decisive |= {k: fields[k] for k in ("init_from", "continue_from") if fields[k] is not None}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    parts = {f"{part}.{name}": value for part in ("model", "data", "optimizer") for name, value in fields[part].items()}
+    names = ("seed", "init_from", "continue_from")
+    return {name: fields[name] for name in names} | parts | {"train.steps": config.train.steps}
+
+
+def fingerprint(config: RunConfig, data: Mapping[str, Any]) -> str:
+    """The identity of a run: hash of `decisive` and of its data's description, which for text depend on the machine.
+
+    Runs of equal fingerprint may continue each other's checkpoints.
+    """
+    return hashlib.sha256(json.dumps([decisive(config), data], sort_keys=True).encode()).hexdigest()
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """Loss, accuracy, bits per byte, and accuracy by the depth of a needle."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.config import DataConfig, Task
-from experiments.data import Data, make_data
+from experiments.config import DataConfig
+from experiments.data.source import Data
 from sparse_attn.nn import Transformer
 
 DEPTH_BINS = 10
@@ -35,17 +34,20 @@ def evaluate(model: Transformer, data: Data, num_batches: int) -> dict[str, Any]
       accuracy_by_depth (needle): accuracy of the answers that stand in each tenth of the sequence, None where no
         answer does.
     """
-    losses, hits, depths = [], [], []
+    losses: list[np.ndarray] = []
+    hits: list[np.ndarray] = []
+    depths: list[np.ndarray] = []
     for step in tqdm(range(num_batches), desc="evaluate", leave=False, disable=None):
         batch = data.batch(step, "validation")
-        loss, hit = _score(model, batch["tokens"], batch["targets"], batch.get("segment_ids"))
+        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
+        scores = _score(model, arrays["tokens"], arrays["targets"], arrays.get("segment_ids"))
         asked = batch["targets"] >= 0
-        losses.append(np.asarray(loss)[asked])
-        hits.append(np.asarray(hit)[asked])
+        for kept, score in zip((losses, hits), scores, strict=True):
+            kept.append(np.asarray(score)[asked])
         if "depth" in batch:
             depths.append(batch["depth"][asked])
     loss, hit = np.concatenate(losses).astype(np.float64), np.concatenate(hits)
-    result = {"loss": float(loss.mean()), "accuracy": float(hit.mean()), "num_targets": int(hit.size)}
+    result: dict[str, Any] = {"loss": float(loss.mean()), "accuracy": float(hit.mean()), "num_targets": int(hit.size)}
     if data.bytes_per_token is not None:
         result["bits_per_byte"] = result["loss"] / math.log(2) / data.bytes_per_token
     if depths:
@@ -61,34 +63,8 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy (nats) and whether the target has the largest logit, both [batch, sequence]."""
     logits = model(tokens, segment_ids)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jax.numpy.maximum(targets, 0))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
     return loss, logits.argmax(-1) == targets
-
-
-def evaluate_command(
-    run_dir: Path,
-    task: Task | None = None,
-    sequence_lengths: tuple[int, ...] = (),
-    num_pairs: int | None = None,
-    num_batches: int = 8,
-) -> None:
-    """Evaluates a trained model and prints one line of JSON for each sequence length.
-
-    Args:
-      run_dir: directory of the run.
-      task: what to evaluate on; None: what it was trained on. recall and needle can stand in for each other (a task).
-      sequence_lengths: lengths of the sequences; none: that of training (tokens).
-      num_pairs: recall, needle: pairs in a sequence; None: as in training (pairs).
-      num_batches: length of the evaluation; long sequences come in smaller batches (validation batches).
-    """
-    from experiments.train import load_run
-
-    config, model = load_run(run_dir)
-    for length in sequence_lengths or (config.data.sequence_length,):
-        data = at_length(config.data, length)
-        data = dataclasses.replace(data, task=task or data.task, num_pairs=num_pairs or data.num_pairs)
-        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches)
-        print(json.dumps({"task": data.task, "sequence_length": length, **result}))
 
 
 def at_length(data: DataConfig, sequence_length: int) -> DataConfig:

@@ -80,7 +80,8 @@ def show(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
 
 
-Judgement = tuple[Verdict, str, str, list[tuple[str, ...]]]
+Rows = list[tuple[str, ...]]
+Judgement = tuple[Verdict, str, str, Rows]
 
 
 def _judge_theory(study: Study) -> Judgement:
@@ -96,7 +97,7 @@ def _judge_theory(study: Study) -> Judgement:
     share = float((deviations < 3).mean())
     ours = f"{share:.0%} of {deviations.size} values within 3 standard errors; recall off by at most {worst:.3f}"
     words = "Holds if at least 90 % of the measured SNRs and recalls lie within 3 standard errors of the formula."
-    rows = [("d", "B", "related keys", "gap", "SNR theory", "SNR measured", "recall theory", "recall measured")]
+    rows: Rows = [("d", "B", "related keys", "gap", "SNR theory", "SNR measured", "recall theory", "recall measured")]
     for row in points:
         cells = [str(row[name]) for name in ("head_dim", "block_size", "num_related", "delta_mu")]
         for name in ("snr", "recall"):
@@ -116,7 +117,7 @@ def _judge_trained(study: Study) -> Judgement:
         "Scores are taken as normal and equally noisy. Heads of all block sizes and layers are pooled, which raises "
         "the correlation: the gap is the stricter number."
     )
-    rows = [("run", "layer", "head", "SNR", "recall predicted", "recall measured")]
+    rows: Rows = [("run", "layer", "head", "SNR", "recall predicted", "recall measured")]
     for row in study["trained"]:
         numbers = [f"{row[name]:.2f}" for name in ("snr_measured", "recall_predicted", "recall_measured")]
         rows.append((row["run"], str(row["layer"]), str(row["head"]), *numbers))
@@ -163,7 +164,7 @@ def _judge_length(study: Study) -> Judgement:
     verdict, words = compare_with_dense(dense["values"], smallest["values"])
     ours = f"at {longest} tokens: {smallest['label']} {show(smallest['values'])}; dense {show(dense['values'])}"
     words = f"Trained at {study['training_length']} tokens, judged at the longest. {words}"
-    rows = [("model", *(f"{length} tokens" for length in smallest["lengths"]))]
+    rows: Rows = [("model", *(f"{length} tokens" for length in smallest["lengths"]))]
     for variant in study["variants"]:
         columns = zip(*variant["values_by_length"], strict=True)
         rows.append((variant["label"], *(show(column) for column in columns)))
@@ -216,9 +217,9 @@ def _judge_efficiency(study: Study) -> Judgement:
         "dense peak",
         "GFLOP/s",
     )
-    names = ("moba_ms", "dense_ms", "speedup_over_dense", "torch_ms", "speedup_over_torch")
+    names: tuple[str, ...] = ("moba_ms", "dense_ms", "speedup_over_dense", "torch_ms", "speedup_over_torch")
     names = (*names, "moba_temp_mib", "dense_temp_mib", "moba_peak_mib", "dense_peak_mib", "achieved_gflops")
-    table = [head]
+    table: Rows = [head]
     for row in study["rows"]:
         numbers = ("-" if row.get(name) is None else f"{row[name]:.1f}" for name in names)
         table.append((str(row["sequence_length"]), row["pass"], *numbers))
@@ -227,13 +228,15 @@ def _judge_efficiency(study: Study) -> Judgement:
 
 def _judge_comparison(study: Study) -> Judgement:
     columns = ("density", "mass_recall", "error", "select_ms", "total_ms")
-    rows = [("model", "mask", "system", "setting", "density", "mass recall", "output error", "choice ms", "total ms")]
+    rows: Rows = [
+        ("model", "mask", "system", "setting", "density", "mass recall", "output error", "choice ms", "total ms")
+    ]
     winners = []
     leagues: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in study["rows"]:
         leagues.setdefault((row["model"], row["is_causal"]), []).append(row)
     for (model, is_causal), league in leagues.items():
-        mask = "causal" if is_causal else "all see all"
+        mask = "causal" if is_causal else "bidirectional"
         for row in sorted(league, key=lambda row: row["error"]):
             numbers = (f"{row[name]:.3g}" for name in columns)
             rows.append((model, mask, row["system"], f"{row['setting']:.3g}", *numbers))
@@ -254,9 +257,9 @@ def _judge_comparison(study: Study) -> Judgement:
     return "measured", "; ".join(winners), words, rows
 
 
-def _variant_rows(study: Study) -> list[tuple[str, ...]]:
+def _variant_rows(study: Study) -> Rows:
     seeds = study["variants"][0]["seeds"]
-    rows = [("model", "parameters", *(f"seed {seed}" for seed in seeds), "mean")]
+    rows: Rows = [("model", "parameters", *(f"seed {seed}" for seed in seeds), "mean")]
     for variant in study["variants"]:
         values = [f"{value:.3f}" for value in variant["values"]]
         rows.append((variant["label"], f"{variant['num_parameters']:,}", *values, f"{np.mean(variant['values']):.3f}"))

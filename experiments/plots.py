@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +35,7 @@ def draw_all(studies: dict[str, Study], directory: Path) -> dict[str, Path]:
         figure.savefig(paths[name], dpi=150)
     if "comparison" in studies:
         drawn = studies["comparison"]["selection"]
-        selection = BlockSelection(np.array(drawn["indices"], np.int32), drawn["block_size"], drawn["num_blocks"])
+        selection = BlockSelection(jnp.array(drawn["indices"], jnp.int32), drawn["block_size"], drawn["num_blocks"])
         paths["selection"] = directory / "selection.png"
         draw_selection(selection).savefig(paths["selection"], dpi=150)
     return paths

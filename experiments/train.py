@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -11,17 +10,17 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from flax import nnx
 
 from experiments import checkpoint
-from experiments.config import OptimizerConfig, RunConfig, fingerprint, from_dict, to_dict
-from experiments.data import Data, make_data
+from experiments.config import OptimizerConfig, RunConfig, decisive, fingerprint, from_dict, to_dict
+from experiments.data import make_data
+from experiments.data.source import Data
 from experiments.evaluate import evaluate
 from experiments.metrics import Metrics, check_local, write_json
 from experiments.stop import Stopped, stop_on_signal
@@ -71,7 +70,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
             f"model.vocab_size must be at least {data.vocab_size} for data.task={config.data.task!r}, got "
             f"model.vocab_size={config.model.vocab_size}"
         )
-    identity = _identity(config, data.description)
+    identity = fingerprint(config, data.description)
     graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps)
     restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state, config.seed), identity)
     if restored:
@@ -146,19 +145,6 @@ def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
     return config, nnx.merge(graph, state.params)
 
 
-def train_command(
-    config: Annotated[RunConfig, tyro.conf.arg(name="")], run_dir: Path | None = None, resume: bool = True
-) -> None:
-    """Trains one model, or goes on with a run that was stopped.
-
-    Args:
-      config: the run.
-      run_dir: directory of the run; None: runs/NAME.
-      resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
-    """
-    train(config, run_dir or Path("runs") / config.name, resume)
-
-
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW after clipping; linear warm-up, then cosine decay until `steps`. Norm scales are not decayed."""
 
@@ -225,7 +211,7 @@ def _read_run(run_dir: Path, option: str) -> tuple[RunConfig, dict[str, Any], tu
     saved = json.loads(path.read_text())
     config = from_dict(saved["config"])
     _, make_state, _ = _compile(config.model, config.optimizer, config.train.steps)
-    identity = _identity(config, saved["data"])
+    identity = fingerprint(config, saved["data"])
     restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state, config.seed), identity)
     if restored is None:
         raise ValueError(f"{option} must be the directory of a run with a checkpoint, got {option}={run_dir}")
@@ -254,12 +240,12 @@ def _first_state(
     if config.init_from is None:
         return 0, state, 0.0
     _, _, (step, source, _) = _read_run(Path(config.init_from), "init_from")
-    here, there = _describe(state.params), _describe(source.params)
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
+    new, old = _describe(state.params), _describe(source.params)
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name):
             raise ValueError(
                 f"init_from={config.init_from} must hold the parameters of this model: {name} is "
-                f"{there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+                f"{old.get(name, 'missing')} there, {new.get(name, 'missing')} here"
             )
     log.info("beginning with the parameters of step %d of %s", step, config.init_from)
     return 0, state._replace(params=source.params), 0.0
@@ -277,31 +263,18 @@ def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:
     if not resume:
         raise ValueError(f"run_dir must hold no run when resume is off, got run_dir={run_dir}")
     there = from_dict(json.loads(path.read_text())["config"])
-    if fingerprint(there) != fingerprint(config):
-        different = _differences(
-            there, config, "seed", "init_from", "continue_from", "model", "data", "optimizer", "train.steps"
-        )
+    if different := _differences(there, config):
         raise ValueError(
             f"run_dir={run_dir} holds a run of another configuration ({different}); use another run_dir, with "
             "continue_from to go on from that run with more steps or another optimizer"
         )
 
 
-def _differences(there: RunConfig, here: RunConfig, *fields: str) -> str:
-    """Which values of these fields are not the same, by their names on the command line."""
-
-    def flat(config: RunConfig) -> dict[str, Any]:
-        parts = {k: v if isinstance(v, dict) else {"": v} for k, v in to_dict(config).items()}
-        values = {f"{k}.{f}".rstrip("."): v for k, part in parts.items() for f, v in part.items()}
-        return {k: v for k, v in values.items() if k in fields or k.partition(".")[0] in fields}
-
-    old, new = flat(there), flat(here)
-    return "; ".join(f"{k} is {old[k]!r} there, {new[k]!r} here" for k in old if old[k] != new[k])
-
-
-def _identity(config: RunConfig, data: dict[str, Any]) -> str:
-    """Hash of the configuration and of the data, which for text depend on the machine."""
-    return hashlib.sha256((fingerprint(config) + json.dumps(data, sort_keys=True)).encode()).hexdigest()
+def _differences(there: RunConfig, here: RunConfig, *parts: str) -> str:
+    """Which decisive values are not the same, by their names; of some parts of the configuration if any are given."""
+    old, new = decisive(there), decisive(here)
+    names = [name for name in old if not parts or name.partition(".")[0] in parts]
+    return "; ".join(f"{name} is {old[name]!r} there, {new[name]!r} here" for name in names if old[name] != new[name])
 
 
 def about() -> dict[str, Any]:

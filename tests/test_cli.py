@@ -141,7 +141,7 @@ def test_tensorboard_switched_off_needs_no_package(tmp_path, monkeypatch):
 
 
 def test_missing_package_of_no_extra_is_a_fault_of_ours(monkeypatch):
-    monkeypatch.setitem(sys.modules, "experiments.report", None)
+    monkeypatch.setitem(sys.modules, "experiments.commands", None)
     with pytest.raises(ModuleNotFoundError):
         main(["report"])
 
@@ -154,7 +154,8 @@ def test_every_package_of_the_extras_is_known():
     for extra in ("experiments", "huggingface"):
         for requirement in extras[extra]:
             name = re.match(r"[\w-]+", requirement).group()
-            expected["orbax" if name == "orbax-checkpoint" else name] = extra
+            imported = {"markdown-it-py": "markdown_it", "orbax-checkpoint": "orbax"}
+            expected[imported.get(name, name)] = extra
     assert expected == EXTRAS
 
 
@@ -166,7 +167,7 @@ def test_signal_stops_with_a_checkpoint_and_its_own_exit_status(number, status, 
             return super().batch(step, split)
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.data.recall.RecallData", Interrupted)
+        patch.setattr("experiments.data.RecallData", Interrupted)
         assert main(["train", *MICRO_FLAGS, "--run_dir", str(tmp_path)]) == status
     error = capsys.readouterr().err
     assert "after step 1; a checkpoint is in" in error

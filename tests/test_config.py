@@ -9,6 +9,8 @@ from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConf
 
 CHANGED = RunConfig(seed=3, data=DataConfig(task="text", packages=("numpy",)), train=TrainConfig(steps=7))
 
+DATA = {"task": "text", "sha256": "a"}
+
 
 @pytest.mark.parametrize("config", [RunConfig(), CHANGED])
 def test_configuration_survives_json(config):
@@ -30,15 +32,21 @@ def test_unknown_field_is_an_error():
         {"data": DataConfig(num_pairs=5)},
         {"optimizer": OptimizerConfig(beta2=0.95)},
         {"train": TrainConfig(steps=801)},
+        {"init_from": "a"},
+        {"continue_from": "a"},
     ],
 )
 def test_fingerprint_changes_with_all_that_decides_the_parameters(change):
-    assert fingerprint(dataclasses.replace(RunConfig(), **change)) != fingerprint(RunConfig())
+    assert fingerprint(dataclasses.replace(RunConfig(), **change), DATA) != fingerprint(RunConfig(), DATA)
 
 
 def test_fingerprint_ignores_name_and_logging():
     other = RunConfig(name="b", train=TrainConfig(log_every=1, checkpoint_every=3, tensorboard=False))
-    assert fingerprint(other) == fingerprint(RunConfig())
+    assert fingerprint(other, DATA) == fingerprint(RunConfig(), DATA)
+
+
+def test_fingerprint_changes_with_the_data():
+    assert fingerprint(RunConfig(), DATA | {"sha256": "b"}) != fingerprint(RunConfig(), DATA)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
 """Presets build; the paper's models have the paper's size and lower to one train step."""
 
-from typing import get_args
-
 import jax
 import numpy as np
 import pytest
 
 from experiments import train as training
-from experiments.configs import PresetName, load_preset
+from experiments.configs import PRESETS, load_preset
 
 
-@pytest.mark.parametrize("name", get_args(PresetName))
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_under_their_own_name(name):
     preset = load_preset(name)
     assert preset.name == name

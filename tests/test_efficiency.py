@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.studies.efficiency import EfficiencyConfig, benchmark
+from experiments.commands import benchmark
+from experiments.preset import EfficiencyConfig
 
 
 def test_ratios_are_those_of_the_medians_and_dense_stops_where_told(tmp_path, capsys):

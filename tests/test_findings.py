@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -134,9 +135,15 @@ def test_the_report_shows_what_is_there_and_escapes_it(tmp_path):
     page = write_report(tmp_path)
     text, markdown = page.read_text(), (tmp_path / "report.md").read_text()
     assert "A &lt;small&gt; setting." in text
-    assert "<conv 3>" not in text
-    assert "data:image/png;base64," in text
-    assert "http" not in text.replace("http-equiv", "")
+    assert "<td>B=4, k=8 &lt;conv 3&gt;</td>" in text
+    assert "A &lt;small&gt; setting." in markdown
+    assert "<conv 3>" not in text + markdown
+    images = re.findall(r'<img src="([^"]{,40})', text)
+    assert len(images) == markdown.count("](plots/") == 1
+    assert all(image.startswith("data:image/png;base64,iVBOR") for image in images)
+    assert text.count("<table>") == 2  # the summary, and all numbers of the one finding that has some
+    assert text.count("<details>") == text.count("</details>") == 1
+    assert "http" not in text
     assert "uncommitted changes" in markdown
     assert "| Smaller blocks | **holds** |" in markdown
     assert (tmp_path / "plots" / "block_size.png").stat().st_size > 1000
@@ -164,7 +171,7 @@ def test_systems_are_ranked_in_their_league_and_a_selection_is_drawn(tmp_path):
     (finding,) = (found for found in find_all({"comparison": numbers}) if found.study == "comparison")
     assert finding.verdict == "measured"
     assert "recall, causal: least error SALE (0.20), most mass MoBA (0.50), quickest choice MoBA" in finding.ours
-    assert "all see all: least error PISA" in finding.ours
+    assert "bidirectional: least error PISA" in finding.ours
     (tmp_path / "comparison").mkdir()
     (tmp_path / "comparison" / "study.json").write_text(json.dumps(numbers))
     write_report(tmp_path)

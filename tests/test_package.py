@@ -1,6 +1,7 @@
 """What the package exports, who imports whom, and which parts of JAX it stands on that may change."""
 
 import ast
+import graphlib
 import inspect
 import pathlib
 import re
@@ -99,6 +100,14 @@ def test_imports_run_one_way(room, forbidden):
     for path in sources(room):
         for module in imports(path):
             assert not any(module == name or module.startswith(f"{name}.") for name in forbidden), f"{path}: {module}"
+
+
+def test_no_imports_of_the_experiments_run_in_a_circle():
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources("experiments")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph = {name: {*imports(path)} & paths.keys() - {name} for name, path in paths.items()}
+    assert sum(map(len, graph.values())) > len(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the circle
 
 
 def test_flax_is_imported_under_sparse_attn_nn_alone():

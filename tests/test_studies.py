@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from experiments.configs import Preset, load_preset
+from experiments.configs import load_preset
 from experiments.data import make_data
+from experiments.preset import ComparisonConfig, EfficiencyConfig, Preset, SnrConfig
 from experiments.studies import block_size, comparison, key_convolution, language_model, length, snr
-from experiments.studies.comparison import ComparisonConfig
-from experiments.studies.efficiency import EfficiencyConfig
-from experiments.studies.snr import SnrConfig, agreement, find_values, measure_routing, simulate
+from experiments.studies.snr import agreement, find_values, measure_routing, simulate
 from experiments.studies.variants import dense, train_variants
 from sparse_attn import theory
 from sparse_attn.nn import TransformerConfig

@@ -21,7 +21,7 @@ from flax import nnx
 from experiments import checkpoint
 from experiments import train as training
 from experiments.checkpoint import CheckpointError
-from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, to_dict
+from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig, fingerprint, to_dict
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
 from experiments.metrics import Metrics, read_metrics
@@ -379,10 +379,10 @@ def test_data_that_are_not_those_of_the_other_run_are_an_error(short, tmp_path):
     state = checkpoint.restore(
         short / "checkpoints",
         jax.eval_shape(lambda: first_state(SHORT)),
-        training._identity(SHORT, saved["data"]),
+        fingerprint(SHORT, saved["data"]),
     )[1]
     other = saved["data"] | {"sha256": "of another text"}
-    checkpoint.save(tmp_path / "checkpoints", 6, state, training._identity(SHORT, other), 1.0, 1)
+    checkpoint.save(tmp_path / "checkpoints", 6, state, fingerprint(SHORT, other), 1.0, 1)
     (tmp_path / "config.json").write_text(json.dumps(saved | {"data": other}))
     with pytest.raises(ValueError, match="of another text"):
         train(dataclasses.replace(LONGER, continue_from=str(tmp_path)), tmp_path / "run")

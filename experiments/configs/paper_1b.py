@@ -10,7 +10,8 @@ embeddings (24 would give 1.68B), and the learning rate.
 
 import dataclasses
 
-from experiments.configs import Preset, paper_340m
+import experiments.configs.paper_340m as paper_340m
+from experiments.preset import Preset
 
 MODEL = dataclasses.replace(paper_340m.MODEL, num_layers=16, hidden_size=2048, num_heads=32, mlp_size=8192)
 

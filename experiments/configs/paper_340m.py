@@ -10,10 +10,7 @@ parameters; 374M untied).
 """
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from experiments.configs import Preset
-from experiments.studies.comparison import ComparisonConfig
-from experiments.studies.efficiency import EfficiencyConfig
-from experiments.studies.snr import SnrConfig
+from experiments.preset import ComparisonConfig, EfficiencyConfig, Preset, SnrConfig
 from sparse_attn.nn import TransformerConfig
 
 CONTEXT = 8192  # tokens

@@ -8,10 +8,7 @@ Hardware: one GPU, about an hour by estimate; it has been built and lowered, not
 import dataclasses
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from experiments.configs import Preset
-from experiments.studies.comparison import ComparisonConfig
-from experiments.studies.efficiency import EfficiencyConfig
-from experiments.studies.snr import SnrConfig
+from experiments.preset import ComparisonConfig, EfficiencyConfig, Preset, SnrConfig
 from sparse_attn.nn import TransformerConfig
 
 

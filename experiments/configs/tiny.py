@@ -7,10 +7,7 @@ Expected: recall accuracy 0.30, 0.87, 0.99 for B=8, 4, 2; dense 1.00; 0.78 for B
 """
 
 from experiments.config import DataConfig, OptimizerConfig, RunConfig, TrainConfig
-from experiments.configs import Preset
-from experiments.studies.comparison import ComparisonConfig
-from experiments.studies.efficiency import EfficiencyConfig
-from experiments.studies.snr import SnrConfig
+from experiments.preset import ComparisonConfig, EfficiencyConfig, Preset, SnrConfig
 from sparse_attn.nn import TransformerConfig
 
 

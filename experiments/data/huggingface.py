@@ -6,11 +6,12 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data import Split
+from experiments.data.source import Split
 from experiments.data.text import PackedDocuments
 from experiments.metrics import write_json
 
@@ -103,7 +104,7 @@ def _tokenize(config: DataConfig, directory: Path) -> dict:
     }
 
 
-def _tokenizer(config: DataConfig):
+def _tokenizer(config: DataConfig) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if config.tokenizer is not None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data import Batch, Split, generator
+from experiments.data.source import Batch, Split, generator
 
 
 class NeedleData:
@@ -21,7 +21,7 @@ class NeedleData:
       ValueError: pairs and questions do not fit.
     """
 
-    bytes_per_token = None
+    bytes_per_token: float | None = None
 
     def __init__(self, config: DataConfig, seed: int):
         self.num_slots = config.sequence_length // 2 - config.num_queries

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data import Batch, Split
+from experiments.data.source import Batch, Split
 
 SEPARATOR = 256  # token before every document: its start, and the end of the one before; tokens below are bytes
 SIMILAR = 0.5  # least Jaccard index of near-duplicates
@@ -54,7 +54,7 @@ class PackedDocuments:
         config: DataConfig,
         seed: int,
         vocab_size: int,
-        bytes_per_token: float,
+        bytes_per_token: float | None,
         description: dict,
     ):
         self._streams = {"train": train, "validation": validation}

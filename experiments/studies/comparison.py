@@ -17,16 +17,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sparse_attn.tiles import attend_tiles
+from sparse_attn.visibility import make_visibility
 from tqdm import tqdm
 
 from experiments.config import to_dict
 from experiments.data import make_data
 from experiments.evaluate import at_length
+from experiments.preset import ComparisonConfig, Preset
 from experiments.studies.snr import attention_inputs
 from experiments.studies.variants import dense, keep_to, share_cores, train_variants, write_study
 from experiments.train import load_run
@@ -49,29 +52,8 @@ from sparse_attn.systems import (
     xattention,
 )
 from sparse_attn.systems.recipe import Recipe
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import make_visibility
-
-if TYPE_CHECKING:
-    from experiments.configs import Preset
 
 _STEPS = 5  # of the bisection over a setting
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparisonConfig:
-    """At which sizes the systems are compared."""
-
-    density: float = 0.25
-    """Exactly attended pairs over visible pairs, the target (a share)."""
-    sequence_length: int = 512
-    """Length of the validation sequences (tokens)."""
-    batch_size: int = 2
-    """Sequences (sequences)."""
-    block_size: int = 32
-    """Keys in a block, and queries in a block where systems choose for blocks of queries (tokens)."""
-    repeats: int = 5
-    """Measurements of each time (calls)."""
 
 
 class Oracle:
@@ -97,7 +79,7 @@ class Oracle:
         sizes = {"query_block_size": block_size, "key_block_size": block_size}
         mass = score.exact_blocks(query, key, visibility, **sizes, scale=scale, log_sum_exp=log_sum_exp)
         if is_causal:
-            mass += jnp.eye(*mass.shape[-2:]) * block_size
+            mass += jnp.eye(mass.shape[-2], mass.shape[-1]) * block_size
         return LevelMap(
             choose.top_k(jnp.where(mass > 0, mass, -jnp.inf), top_k).astype(jnp.int8), block_size, block_size
         )
@@ -128,7 +110,7 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
     its untrained projection.
     """
     size, blocks = config.block_size, -(-config.sequence_length // config.block_size)
-    both = {"query_block_size": size, "key_block_size": size}
+    both: dict[str, Any] = {"query_block_size": size, "key_block_size": size}
     one = {"block_size": size}
 
     def count(x: float) -> int:
@@ -158,7 +140,7 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
     }
     sale_sizes = {**both, "local_window": size, "dense_length": 1}
     line = {"grid_shape": (config.sequence_length, 1, 1), "box_shape": (size,)}
-    causal = [
+    causal: list[tuple[Any, ...]] = [
         (moba, lambda x, q, k: {**one, "top_k": count(x)}, 1, blocks),
         (infllm_v2, lambda x, q, k: {**one, **pools, "top_k": count(x)}, 1, blocks),
         (xattention, lambda x, q, k: {**one, "stride": size // 4, "threshold": x}, 0, 1),
@@ -169,7 +151,7 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
         (sale, lambda x, q, k: {**sale_sizes, "threshold": 10 ** (2 - 8 * x)}, 0, 1),
         (Oracle, lambda x, q, k: {**one, "is_causal": True, "top_k": count(x)}, 1, blocks),
     ]
-    all_see_all = [
+    bidirectional: list[tuple[Any, ...]] = [
         (vmoba, lambda x, q, k: {**line, "threshold": x}, 0, 1),
         (psa, draw_samples, 0, 1),
         (pisa, lambda x, q, k: {**one, "density": x}, 0, 1),
@@ -179,11 +161,11 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
         (Oracle, lambda x, q, k: {**one, "is_causal": False, "top_k": count(x)}, 1, blocks),
     ]
     return [Contestant(system, True, *rest) for system, *rest in causal] + [
-        Contestant(system, False, *rest) for system, *rest in all_see_all
+        Contestant(system, False, *rest) for system, *rest in bidirectional
     ]
 
 
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Compares the systems on the preset's dense models; writes comparison/study.json."""
     config = preset.comparison
     settings = {
@@ -251,7 +233,8 @@ def load_arrays(run_dir: Path, out: Path, config: ComparisonConfig) -> tuple[jax
     """Query, key and value of the last layer without positions of a trained model, on validation data."""
     run_config, model = load_run(run_dir)
     data = dataclasses.replace(at_length(run_config.data, config.sequence_length), batch_size=config.batch_size)
-    return attention_inputs(model, make_data(data, run_config.seed, out).batch(0, "validation")["tokens"])[-1]
+    tokens = make_data(data, run_config.seed, out).batch(0, "validation")["tokens"]
+    return attention_inputs(model, jnp.asarray(tokens))[-1]
 
 
 def find_setting(contestant: Contestant, query: jax.Array, key: jax.Array, value: jax.Array, density: float) -> float:

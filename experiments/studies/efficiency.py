@@ -15,87 +15,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from experiments.metrics import check_local, write_json
+from experiments.preset import EfficiencyConfig, Preset
 from experiments.studies.variants import write_study
-from experiments.train import about
 from sparse_attn import moba_attention
-
-if TYPE_CHECKING:
-    from experiments.configs import Preset
 
 _NAMES = "moba", "one_device", "dense", "torch"
 _REST = 0.25  # seconds between measurements: the threads of other libraries go on spinning for a while after a call
 
 
-@dataclasses.dataclass(frozen=True)
-class EfficiencyConfig:
-    """What is timed. Dense attention holds a table of queries x keys, so it stops at a length of its own.
-
-    Raises:
-      ValueError: there is nothing to time.
-    """
-
-    sequence_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    """Sequence lengths (tokens)."""
-    longest_dense: int = 16384
-    """Longest forward pass of dense attention (tokens)."""
-    longest_dense_backward: int = 8192
-    """Longest forward and backward pass of dense attention (tokens)."""
-    batch_size: int = 1
-    """Sequences (sequences)."""
-    num_heads: int = 2
-    """Query, key and value heads (heads)."""
-    head_dim: int = 64
-    """Channels of a head (channels)."""
-    block_size: int = 64
-    """Keys in a block (tokens)."""
-    top_k: int = 8
-    """Blocks that a query attends (blocks)."""
-    dtype: str = "float32"
-    """Type of queries, keys and values (a name)."""
-    repeats: int = 7
-    """Measurements of each contestant (calls)."""
-    torch: bool = True
-    """Whether to time the forward pass of PyTorch's scaled_dot_product_attention too, where PyTorch is installed (on a
-    CPU, in float32)."""
-
-    def __post_init__(self) -> None:
-        if self.repeats < 1 or not self.sequence_lengths:
-            raise ValueError(
-                f"repeats must be at least 1 and sequence_lengths not empty, got repeats={self.repeats} and "
-                f"sequence_lengths={self.sequence_lengths}"
-            )
-
-
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Measures the preset's lengths; writes efficiency/study.json."""
     settings = dataclasses.asdict(preset.efficiency)
     return write_study(out, "efficiency", preset.name, settings, lambda: measure(preset.efficiency))
-
-
-def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: Path | None = None) -> None:
-    """Prints time and memory of MoBA, routing included, beside dense attention's, and the machine they were taken on.
-
-    Args:
-      config: what is timed.
-      out: JSON file to write the numbers to as well.
-    """
-    if out is not None:
-        check_local(out, "out")
-    numbers = {"settings": dataclasses.asdict(config), "about": about(), **measure(config)}
-    print(table(numbers))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, numbers)
 
 
 def measure(config: EfficiencyConfig) -> dict[str, Any]:
@@ -123,9 +62,9 @@ def table(numbers: dict[str, Any]) -> str:
     def show(value: float | None, spread: float | None = None) -> str:
         return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
 
-    head = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
+    head: tuple[str, ...] = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
     head += ("moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in numbers["rows"]:
         times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in _NAMES]
         ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
@@ -153,7 +92,8 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     for name, function in attention.items():
         compiled = _compile(_over_heads(function, sharding), spread_inputs, is_training)
         calls[name] = functools.partial(_call, compiled, spread_inputs)
-        memory[name] = sharding.num_devices * compiled.memory_analysis().temp_size_in_bytes / 2**20
+        used: Any = compiled.memory_analysis()
+        memory[name] = sharding.num_devices * used.temp_size_in_bytes / 2**20
     if sharding.num_devices > 1:
         calls["one_device"] = functools.partial(_call, _compile(attention["moba"], inputs, is_training), inputs)
     is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
@@ -166,7 +106,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     blocks = np.minimum(np.arange(length) // config.block_size + 1, config.top_k)  # chosen by each query
     pairs = config.batch_size * config.num_heads * float(blocks.sum()) * config.block_size
     flops = 4 * config.head_dim * pairs * (3.5 if is_training else 1)
-    row = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
+    row: dict[str, Any] = {"sequence_length": length, "pass": "forward+backward" if is_training else "forward"}
     for name in _NAMES:
         row |= {f"{name}_ms": median.get(name), f"{name}_iqr_ms": spread.get(name)}
     for name in ("dense", "torch"):
@@ -220,7 +160,7 @@ def _draw_inputs(config: EfficiencyConfig, length: int) -> list[jax.Array]:
     return [jax.random.normal(key, shape, config.dtype) for key in jax.random.split(jax.random.key(0), 3)]
 
 
-def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_training: bool) -> Callable[..., Any]:
+def _compile(function: Callable[..., jax.Array], inputs: list[jax.Array], is_training: bool) -> jax.stages.Compiled:
     return jax.jit(_with_backward(function) if is_training else function).lower(*inputs).compile()
 
 

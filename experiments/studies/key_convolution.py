@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import to_dict
-from experiments.configs import Preset
+from experiments.preset import Preset
 from experiments.studies.recall import describe_recall
 from experiments.studies.variants import moba, train_variants, write_study
 

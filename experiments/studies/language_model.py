@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import to_dict
-from experiments.configs import Preset
+from experiments.preset import Preset
 from experiments.studies.variants import dense, moba, train_variants, write_study
 
 KEY_CONV_WIDTH = 3  # kconv3, which the paper prefers for language modelling

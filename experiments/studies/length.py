@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import to_dict
-from experiments.configs import Preset
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
+from experiments.preset import Preset
 from experiments.studies import block_size
 from experiments.studies.variants import write_study
 from experiments.train import load_run

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,60 +13,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.data import make_data
+from experiments.preset import Preset, SnrConfig
 from experiments.studies.variants import write_study
 from experiments.train import load_run
 from sparse_attn import route_moba, theory
 from sparse_attn.nn import Transformer
 
-if TYPE_CHECKING:
-    from experiments.configs import Preset
 
-
-@dataclasses.dataclass(frozen=True)
-class SnrConfig:
-    """The Monte Carlo varies one quantity at a time around a centre; the measurement needs trained recall models.
-
-    Raises:
-      ValueError: trials is not a multiple of groups.
-    """
-
-    head_dim: int = 64
-    """Centre: channels of a head (channels)."""
-    block_size: int = 32
-    """Centre: keys in a block (tokens)."""
-    num_related: int = 1
-    """Centre: related keys in the relevant block (keys)."""
-    delta_mu: float = 1.0
-    """Centre: mean product of query and relevant key above that of unrelated keys (a pure number)."""
-    head_dims: tuple[int, ...] = (32, 64, 128)
-    """Values of head_dim (channels)."""
-    block_sizes: tuple[int, ...] = (8, 16, 32, 64)
-    """Values of block_size (tokens)."""
-    nums_related: tuple[int, ...] = (1, 2, 4)
-    """Values of num_related (keys)."""
-    delta_mus: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Values of delta_mu (pure numbers)."""
-    cluster_gap: float = 0.5
-    """Mean product of the query with the other related keys above that of unrelated keys (a pure number)."""
-    num_blocks: int = 16
-    """Candidate blocks (blocks)."""
-    top_k: int = 3
-    """Blocks chosen among them (blocks)."""
-    trials: int = 1024
-    """Queries drawn for each point (queries)."""
-    groups: int = 8
-    """Parts of the trials whose scatter gives the standard error (parts)."""
-    evaluate_batches: int = 2
-    """Validation batches on which trained models are measured (batches)."""
-
-    def __post_init__(self) -> None:
-        if self.groups < 2 or self.trials % self.groups:
-            raise ValueError(
-                f"trials must be a multiple of groups, at least 2, got trials={self.trials} and groups={self.groups}"
-            )
-
-
-def run(preset: "Preset", out: Path) -> dict[str, Any]:
+def run(preset: Preset, out: Path) -> dict[str, Any]:
     """Monte Carlo, then every trained recall run that is in out/recall; writes snr/study.json."""
     results = sorted((out / "recall").glob("*/result.json"))
     runs = [
@@ -167,8 +121,8 @@ def measure_run(run_dir: Path, config: SnrConfig) -> list[dict[str, Any]]:
     for step in range(config.evaluate_batches):
         batch = data.batch(step, "validation")
         relevant = find_values(batch["tokens"], batch["targets"])
-        for layer, (query, key, _) in enumerate(attention_inputs(model, batch["tokens"])):
-            layers.setdefault(layer, []).append((np.asarray(query), np.asarray(key), relevant))
+        for layer, inputs in enumerate(attention_inputs(model, jnp.asarray(batch["tokens"]))):
+            layers.setdefault(layer, []).append((*map(np.asarray, inputs[:2]), relevant))
     kinds = [kind for kind in run_config.model.layer_kinds if kind != "sliding_window"]
     rows = []
     for layer, batches in layers.items():
@@ -251,7 +205,9 @@ def measure_routing(
         raise ValueError(f"block_size must leave questions another block to choose, got block_size={block_size}")
     snr = float(difference.mean() / difference.std())
     heads = (jnp.asarray(array)[:, :, None] for array in (query, key))
-    indices = np.asarray(route_moba(*heads, block_size=block_size, top_k=top_k, is_causal=True).indices)[:, 0]  # [batch, queries, k]
+    indices = np.asarray(route_moba(*heads, block_size=block_size, top_k=top_k, is_causal=True).indices)[
+        :, 0
+    ]  # [batch, queries, k]
     found = (indices[rows, places] == block[:, None]).any(1)
     predicted = theory.recall_at_k(snr, candidates, top_k - 1)
     return {

@@ -30,7 +30,7 @@ than `key_size` keys: seven products instead of five, for P and dS are computed 
 outputs are gathered twice. At the sizes named in `forward`: 35 GB and 3.9 TFLOP, by arithmetic 7.2 ms on an H200
 (`docs/gpu-roofline.md`), of which doing things twice costs 2.1 ms. A `key_size` of 128 saves that; at head_dim 128 its
 accumulators leave room, without spills, for tiles of 32 pairs, or of 64 with one stage, and for one program a
-multiprocessor, which may be too few to hide the gathering. Which is faster is for the tuner to find.
+multiprocessor, which may be too few to hide the gathering. Which is faster is not known.
 """
 
 import functools
@@ -42,7 +42,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -69,7 +69,6 @@ from pallas_kernels.gpu.tiles import (
     refuses,
     store_rows,
 )
-from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_backward(
@@ -80,7 +79,7 @@ def attend_backward(
     cotangents: Results,
     *,
     scale: float,
-    config: TritonConfig | None = None,
+    config: TritonConfig = TRITON,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attend_forward` for query, key and value. Has not run on a GPU yet.
@@ -99,7 +98,6 @@ def attend_backward(
     (query, key, value), (output, log_sum_exp), (d_output, d_log_sum_exp) = arrays, results, cotangents
     if (reason := refuses(query)) is not None:
         raise NotImplementedError(reason)
-    config = config or tuned(query.shape[-1], blocks.block_size, indices.shape[-1])
     config = config.for_rows(padded_head_dim(query.shape[-1]), query.dtype.itemsize)
     plan = make_plan(
         query,

@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Arrays, Blocks
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -62,7 +62,6 @@ from pallas_kernels.gpu.tiles import (
     store_numbers,
     store_rows,
 )
-from pallas_kernels.gpu.tuning import tuned
 
 
 def attend_forward(
@@ -71,7 +70,7 @@ def attend_forward(
     blocks: Blocks,
     *,
     scale: float,
-    config: TritonConfig | None = None,
+    config: TritonConfig = TRITON,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over the blocks it chose: softmax(scale q k^T) v.
@@ -85,7 +84,7 @@ def attend_forward(
         listed has a key that the query sees.
       blocks: the geometry of the call.
       scale: factor of the logits.
-      config: sizes inside the kernels; None for those of the table (`tuning`).
+      config: sizes inside the kernels.
       interpret: whether to run on a CPU, interpreted.
 
     Returns:
@@ -96,7 +95,6 @@ def attend_forward(
       NotImplementedError: a dtype or head_dim that the kernels cannot do.
     """
     query = arrays[0]
-    config = config or tuned(query.shape[-1], blocks.block_size, indices.shape[-1])
     plan, attend = attend_chunks(arrays, indices, blocks, scale=scale, config=config, interpret=interpret)
     config = config.for_rows(plan.columns, query.dtype.itemsize)
 

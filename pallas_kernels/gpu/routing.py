@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.config import TritonConfig
+from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.tiles import (
     NT,
@@ -54,7 +54,6 @@ from pallas_kernels.gpu.tiles import (
     store_numbers,
     store_rows,
 )
-from pallas_kernels.gpu.tuning import tuned
 
 # Id of an empty place in a list, before its number is added: above every block.
 _NO_BLOCK = 1 << 30
@@ -76,7 +75,7 @@ def route(
     *,
     top_k: int,
     is_causal: bool,
-    config: TritonConfig | None = None,
+    config: TritonConfig = TRITON,
     interpret: bool = False,
 ) -> jax.Array:
     """The blocks that each query chooses: the `top_k` largest scores, score = query . mean(keys of the block).
@@ -92,7 +91,7 @@ def route(
       blocks: the geometry of the call.
       top_k: blocks that a query may choose, at most the number of blocks.
       is_causal: whether the own block is forced.
-      config: tile sizes; None for those of the table (`tuning`).
+      config: tile sizes.
       interpret: whether to run on a CPU, interpreted.
 
     Returns:
@@ -104,7 +103,6 @@ def route(
     if (reason := refuses(query, top_k)) is not None:
         raise NotImplementedError(reason)
     batch, num_queries, num_heads, head_dim = query.shape
-    config = config or tuned(head_dim, blocks.block_size, top_k)
     kv_heads, num_blocks = key.shape[2], blocks.num_blocks
     means = block_means(key, blocks, config=config, interpret=interpret)
     parts = ceil_div(jnp.finfo(query.dtype).nmant + 1, 8)  # bfloat16 numbers that hold a number of the queries

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from pallas_kernels.gpu import compare_torch
+from experiments.kernels import compare_torch
 
 
 def times(median):
@@ -52,8 +52,7 @@ def test_each_shape_is_measured_once_and_stands_beside_the_report(monkeypatch, t
     monkeypatch.setattr(compare_torch, "measure", measure)
     report, out = tmp_path / "gpu.json", tmp_path / "torch.json"
     report.write_text(json.dumps(REPORT))
-    monkeypatch.setattr(sys, "argv", ["compare_torch", str(report), "--out", str(out)])
-    compare_torch.main()
+    compare_torch.main([str(report), "--out", str(out)])
     assert shapes == [(2, 16, 8192, 64)]
     assert [problem["block_size"] for problem in json.loads(out.read_text())["problems"]] == [128, 512]
     rows = out.with_suffix(".md").read_text().splitlines()[-4:]

@@ -1,8 +1,50 @@
-"""What the benchmark of the GPU kernels makes of its measurements."""
+"""The check of the GPU kernels, and what the benchmark makes of its measurements."""
+
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from pallas_kernels.gpu import on_device
+from experiments.__main__ import EXTRAS
+from experiments.kernels import calls, on_device
+from experiments.kernels.roofline import Problem
+from pallas_kernels.config import TRITON
+
+PROBLEM = Problem(sequence=48, block_size=16, top_k=2, head_dim=16, batch=1, heads=1)
+
+
+def test_it_needs_neither_flax_nor_an_extra():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({[*EXTRAS, "flax"]}))
+from experiments.__main__ import main
+main(["on_device"])
+"""
+    root, environment = pathlib.Path(__file__).parents[2], os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: JAX finds no GPU. What the kernels should cost: python -m experiments roofline" in done.stderr
+
+
+def test_the_interpreted_kernels_pass_the_check():
+    assert on_device.check(PROBLEM, TRITON, interpret=True) == {
+        "route": True,
+        "forward": True,
+        "forward_backward": True,
+    }
+
+
+def test_wrong_results_do_not_pass_the_check():
+    expected = calls.right_results(PROBLEM, calls.make_arrays(PROBLEM))
+    assert calls.is_right(expected, expected)
+    output, log_sum_exp = expected["forward"]
+    assert not calls.is_right((output.at[0, 5, 0, 3].add(0.2), log_sum_exp), expected["forward"])
+    assert not calls.is_right(expected["route"].at[0, 0, 40, 1].add(1), expected["route"])
+    assert not calls.is_right((output, log_sum_exp.at[0, 7, 0].set(float("nan"))), expected["forward"])
 
 
 def test_stages_are_differences_of_the_calls_that_were_measured():

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from pallas_kernels.gpu import roofline
+from experiments.kernels import roofline
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -1,7 +1,7 @@
-"""What the GPU kernels should cost, by arithmetic: bytes and operations of every stage, at a chip's published peaks.
+"""What the GPU kernels should cost, by arithmetic: `python -m experiments roofline > docs/gpu-roofline.md`.
 
-`python -m pallas_kernels.gpu.on_device` prints it where there is no GPU. Nothing in it is measured: it is the time
-below which no stage can go if each byte named here passes the memory once and nothing else gets in the way.
+Counts the bytes and operations of every stage and divides them by a chip's published peaks. Nothing is measured. The
+result is a lower bound on the time of a stage if every byte counted here crosses the memory bus once.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pallas_kernels.gpu.chunks import make_plan
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks: bytes a second, 16-bit tensor operations a second, float32 operations a second."""
+    """Published peaks per second: bytes, 16-bit tensor-core operations, float32 operations."""
 
     name: str
     memory: float
@@ -25,15 +25,15 @@ class Chip:
 
 H200 = Chip("H200", memory=4.8e12, tensor=989e12, vector=67e12)
 
-# Per pair: its sort key written and read, four passes of a radix sort over 32 bits, the sorted keys split into block
-# and pair, counts, slots, and the pair scattered to its slot.
+# Per pair: write and read the sort key, four passes of a 32-bit radix sort, split the sorted keys into block and pair,
+# count, compute the slots, scatter the pair to its slot.
 _SCHEDULE_BYTES = 80
 _EXTRACTION_OPERATIONS = 8  # per score
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Causal self-attention over full sequences, in a 16-bit type."""
+    """Causal self-attention on sequences without padding, in a 16-bit dtype."""
 
     sequence: int
     block_size: int
@@ -44,7 +44,7 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """Queries of all heads."""
+        """Queries, over all sequences and heads."""
         return self.batch * self.heads * self.sequence
 
     @property
@@ -53,23 +53,23 @@ class Problem:
 
     @property
     def pairs(self) -> int:
-        """Chosen (query, block) pairs; the first queries have fewer blocks than top_k."""
+        """Chosen (query, block) pairs. The first queries see fewer than top_k blocks."""
         chosen = sum(min(block + 1, self.top_k) for block in range(self.num_blocks))
         return self.batch * self.heads * chosen * self.block_size
 
     @property
     def array_bytes(self) -> int:
-        """Bytes of queries, as many of keys, values and outputs."""
+        """Bytes of the queries; keys, values and outputs have the same size."""
         return self.rows * self.head_dim * 2
 
     def slots(self, tile_size: int) -> float:
-        """Places in tiles: the pairs, and half a tile of padding a block."""
+        """Slots of all tiles: the pairs, and half a tile of padding per block."""
         return self.pairs + self.batch * self.heads * self.num_blocks * tile_size / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Bytes through the memory, 16-bit tensor operations and float32 operations of one stage."""
+    """Bytes of memory traffic, 16-bit tensor-core operations and float32 operations of one stage."""
 
     name: str
     bytes: float
@@ -77,7 +77,7 @@ class Stage:
     vector: float = 0.0
 
     def milliseconds(self, chip: Chip) -> float:
-        """Time at the peaks; memory and arithmetic overlap, the two kinds of arithmetic do not."""
+        """Time at the peaks. Memory traffic and arithmetic overlap; the two kinds of arithmetic do not."""
         return 1e3 * max(self.bytes / chip.memory, self.tensor / chip.tensor + self.vector / chip.vector)
 
 
@@ -87,7 +87,7 @@ def forward_stages(problem: Problem) -> tuple[Stage, ...]:
     return (
         _route_stage(problem),
         Stage("schedule", p.pairs * _SCHEDULE_BYTES),
-        Stage(  # queries gathered and partial results written, keys and values read
+        Stage(  # gather queries, read keys and values, write partial results
             "attend",
             p.pairs * (2 * row + 8) + 2 * p.array_bytes,
             tensor=4 * p.slots(TRITON.tile_size) * p.block_size * p.head_dim,
@@ -97,11 +97,11 @@ def forward_stages(problem: Problem) -> tuple[Stage, ...]:
 
 
 def backward_stages(problem: Problem) -> tuple[Stage, ...]:
-    """Delta, schedule, dK with dV, dQ of pairs and its sum."""
+    """Delta, schedule, dK and dV, dQ per pair, and the sum of dQ over the pairs of a query."""
     p, row = problem, 2 * problem.head_dim
     products = 2 * p.slots(TRITON.backward_tile_size) * p.block_size * p.head_dim
     keys: tuple[Stage, ...]
-    if p.block_size <= TRITON.key_size:  # one kernel has all
+    if p.block_size <= TRITON.key_size:  # one kernel computes all three
         keys = (Stage("d_key, d_value, d_query", p.pairs * (3 * row + 16) + 8 * p.array_bytes, tensor=5 * products),)
     else:
         keys = (
@@ -117,23 +117,23 @@ def backward_stages(problem: Problem) -> tuple[Stage, ...]:
 
 
 def total(name: str, stages: tuple[Stage, ...]) -> Stage:
-    """Bytes and operations of several stages together."""
+    """Bytes and operations of several stages, summed."""
     return Stage(name, *(sum(getattr(stage, kind) for stage in stages) for kind in ("bytes", "tensor", "vector")))
 
 
 def _route_stage(problem: Problem) -> Stage:
-    """Means of keys, scores in three passes of the tensor cores, and the extraction of the best blocks."""
+    """Block means, scores in three tensor-core passes, and extraction of the best blocks."""
     p = problem
     visible = sum(range(1, p.num_blocks + 1)) * p.block_size * p.batch * p.heads  # (query, block) scores
-    stretch = min(TRITON.route_blocks, p.num_blocks)
+    step_blocks = min(TRITON.route_blocks, p.num_blocks)
     scores_read = 0.0
     for last in range(p.num_blocks):
         seen = 0
-        for step in range(last // stretch + 1):
-            # Of the blocks of a stretch, about top_k stretch / seen enter a query's list. A tile goes on until the last
-            # of its queries is done: taken as twice that.
-            seen += stretch
-            scores_read += min(p.top_k if step == 0 else 2 * p.top_k * stretch / seen, stretch) * stretch
+        for step in range(last // step_blocks + 1):
+            # About top_k step_blocks / seen blocks of a step enter a query's list. A tile runs until its slowest query
+            # is done, taken as twice that number.
+            seen += step_blocks
+            scores_read += min(p.top_k if step == 0 else 2 * p.top_k * step_blocks / seen, step_blocks) * step_blocks
     scores_read *= p.block_size * p.batch * p.heads
     return Stage(
         "route",
@@ -144,13 +144,13 @@ def _route_stage(problem: Problem) -> Stage:
 
 
 def dense_milliseconds(problem: Problem, chip: Chip) -> tuple[float, float]:
-    """Dense causal attention at the peak of the tensor cores: forward, and backward with its five products for two."""
+    """Dense causal attention at the peak of the tensor cores: forward (two products), backward (five products)."""
     forward = 4 * problem.rows * problem.sequence / 2 * problem.head_dim / chip.tensor * 1e3
     return forward, 2.5 * forward
 
 
 def memory_ratio(problem: Problem) -> float:
-    """Memory of the forward pass over that of dense flash attention: inputs, output and log-sum-exp."""
+    """Memory of the forward pass over that of dense flash attention (inputs, output, log-sum-exp)."""
     p = problem
     dense = 4 * p.array_bytes + 4 * p.rows
     array = jax.ShapeDtypeStruct((p.batch, p.sequence, p.heads, p.head_dim), jnp.bfloat16)
@@ -170,6 +170,11 @@ def memory_ratio(problem: Problem) -> float:
     return (dense + 4 * indices.size + chunk) / dense
 
 
+def roofline() -> None:
+    """Prints what the GPU kernels should cost at a chip's published peaks."""
+    print(table(), end="")
+
+
 PROBLEMS = tuple(
     Problem(sequence, block_size, top_k, head_dim)
     for head_dim in (128, 64)
@@ -180,22 +185,22 @@ PROBLEMS = tuple(
 
 _EXPLANATION = (
     "**Nothing here is measured**, and no GPU kernel of this library has run on a GPU yet. A stage takes at least the",
-    "longer of two times: its bytes over the memory's rate, its operations over the chip's. Left out are launches, the",
-    "share of a peak that a real kernel reaches, and hits in the L2 cache, which make it cheaper. The number of",
+    "larger of its bytes over the memory bandwidth and its operations over the peak rate. Not included: launches, the",
+    "share of a peak that a real kernel reaches, and L2 cache hits, which save memory traffic. The number of",
     "extractions in routing is an estimate for scores in random order.",
     "",
     "Batch 2, 16 heads, bfloat16, causal; times in milliseconds. `dense` is causal dense attention at the peak of the",
-    "tensor cores, which no kernel reaches; it stands behind the pass that it compares with. `memory` is what the",
-    "forward pass holds over what dense attention holds.",
+    "tensor cores, which no kernel reaches, for the pass in the column before it. `memory` is the memory of the",
+    "forward pass over that of dense attention.",
     "",
-    "Written by `python -m pallas_kernels.gpu.on_device` on a machine without a GPU.",
+    "Written by `python -m experiments roofline`.",
     "",
 )
 _COLUMNS = ("block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "dense", "backward", "dense")
 
 
 def table(chip: Chip = H200, problems: tuple[Problem, ...] = PROBLEMS) -> str:
-    """The roofline of the benchmark's problems as a page of Markdown."""
+    """The roofline of the benchmark's problems, in Markdown."""
     lines = [
         "# What the GPU kernels should cost",
         "",

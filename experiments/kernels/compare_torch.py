@@ -1,9 +1,9 @@
-"""PyTorch's flash attention on the problems of a report: `python -m pallas_kernels.gpu.compare_torch gpu.json`.
+"""PyTorch's flash attention on the problems of a report: `python -m experiments compare_torch gpu.json`.
 
-Run it after `on_device` on the same machine, where PyTorch is installed, with the JSON file that `on_device` wrote.
-Dense causal attention by `torch.nn.functional.scaled_dot_product_attention`, flash backend, in bfloat16; times by CUDA
-events. It writes a JSON file and, in Markdown, a table with the times of the report beside them. It has not been run on
-a GPU yet. JAX is not imported: it would take the memory.
+Run it after `on_device`, on the same machine, in an environment with PyTorch, and give it the JSON file that
+`on_device` wrote. It times dense causal attention (`torch.nn.functional.scaled_dot_product_attention`, flash backend,
+bfloat16) with CUDA events, and writes a JSON file and a Markdown table with our times beside PyTorch's. It does not
+import JAX, which would reserve GPU memory. Not yet run on a GPU.
 """
 
 import argparse
@@ -18,15 +18,20 @@ _REPEATS = 10
 _CALLS = ("forward", "forward_backward")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=pathlib.Path, help="the JSON file of pallas_kernels.gpu.on_device")
+def main(options: list[str]) -> None:
+    """The command; `options` are those of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments compare_torch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("report", type=pathlib.Path, help="the JSON file that on_device wrote")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("torch.json"), help="the JSON file to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     report = json.loads(arguments.report.read_text())
     torch = find_torch()
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "problems": []}
-    measured: dict[tuple[int, ...], dict[str, Any]] = {}  # problems that differ in their blocks alone are one here
+    measured: dict[tuple[int, ...], dict[str, Any]] = {}  # dense attention does not depend on the blocks
     for problem in report["problems"]:
         shape = tuple(problem[name] for name in ("batch", "heads", "sequence", "head_dim"))
         if shape not in measured:
@@ -40,18 +45,18 @@ def main() -> None:
 
 
 def find_torch() -> Any:
-    """The module, where it can use a GPU; ends the program with the reason where it cannot."""
+    """The torch module. Exits with the reason if PyTorch is missing or has no GPU."""
     try:
         import torch
     except ImportError:
-        sys.exit("PyTorch is not installed in this environment; there is nothing to compare with")
+        sys.exit("error: PyTorch is not installed in this environment")
     if not torch.cuda.is_available():
-        sys.exit("PyTorch finds no CUDA device (a build for CPUs, or no GPU); there is nothing to compare with")
+        sys.exit("error: PyTorch finds no CUDA device (no GPU, or a CPU-only build)")
     return torch
 
 
 def measure(torch: Any, batch: int, heads: int, sequence: int, head_dim: int) -> dict[str, Any]:
-    """Seconds and peak bytes of forward, and of forward with backward; a failure is kept as its text."""
+    """Times (seconds) and peak memory (bytes) of forward, and of forward with backward; messages of failures."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     torch.manual_seed(0)
@@ -68,7 +73,7 @@ def measure(torch: Any, batch: int, heads: int, sequence: int, head_dim: int) ->
             torch.cuda.reset_peak_memory_stats()
             results["seconds"][name] = measure_seconds(torch, call)
             results["memory"][name] = torch.cuda.max_memory_allocated()
-        except RuntimeError as error:  # one call that fails must not lose the others
+        except RuntimeError as error:  # keep the other measurements
             results["failures"][name] = str(error)[:300]
 
     keep("forward", attend)
@@ -80,7 +85,7 @@ def measure(torch: Any, batch: int, heads: int, sequence: int, head_dim: int) ->
 
 
 def measure_seconds(torch: Any, call: Callable[[], Any]) -> dict[str, float]:
-    """Median, least and most of the times of a call between two CUDA events, after one that does not count."""
+    """Median, minimum and maximum time of a call between two CUDA events (seconds), after a warm-up call."""
     call()
     times = []
     for _ in range(_REPEATS):
@@ -94,13 +99,13 @@ def measure_seconds(torch: Any, call: Callable[[], Any]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any], report: dict[str, Any]) -> str:
-    """Both results as a page of Markdown; "-" for what was not measured."""
+    """Both results in Markdown; "-" where nothing was measured."""
     lines = [
         f"# PyTorch {results['torch']} on one {results['device']} beside JAX {report['machine']['jax']} on one "
         f"{report['machine']['device']}, {report['machine']['date']}",
         "",
-        "Times in milliseconds, medians; spread is (most - least) / median. PyTorch: dense flash attention. Ours: "
-        f"{report['backend']} kernels, routing included. Gain is PyTorch's time over ours.",
+        "Times in milliseconds, medians; spread is (maximum - minimum) / median. PyTorch: dense flash attention. Ours: "
+        f"{report['backend']} kernels, routing included. Gain: PyTorch's time over ours.",
         "",
         "| head_dim | block / top_k | tokens | pass | PyTorch | spread | ours | spread | gain |",
         "| ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -119,7 +124,3 @@ def table(results: dict[str, Any], report: dict[str, Any]) -> str:
             sizes = str(ours["head_dim"]), f"{ours['block_size']} / {ours['top_k']}", str(ours["sequence"])
             lines.append(f"| {' | '.join([*sizes, name, *cells(dense), *cells(sparse), gain])} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()

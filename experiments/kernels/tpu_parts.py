@@ -1,7 +1,7 @@
-"""The parts that the static report measures, each compiled for a v6e in a process of its own.
+"""The parts that `tpu_report` measures, each compiled for a v6e in its own process.
 
-Work that depends on data is made to run always and a fixed number of times, for libtpu's profile counts every number
-that it cannot know as zero: loops over lists, guards, and grids of a length that is only known at run time.
+libtpu's profile counts every number that it cannot know as zero. Loops over lists, guards, and grids whose length is
+only known at run time are therefore replaced by ones that always run, a fixed number of times.
 """
 
 import json
@@ -20,7 +20,7 @@ HEAD_DIM = 128
 
 
 class Measured(NamedTuple):
-    """What libtpu says of a part, by operation: cycles; bytes of VMEM, and those among them for spilled registers."""
+    """libtpu's figures of a part, by operation: cycles; bytes of VMEM, and how many of them hold spilled registers."""
 
     cycles: dict[str, int]
     kernels: dict[str, tuple[int, int]]
@@ -37,10 +37,10 @@ class Measured(NamedTuple):
 
 
 def measure(part: str, *, reads_memory: bool = False, **sizes: Any) -> Measured:
-    """Compiles a part in a new process, for libtpu reads its flags once, and reads what it leaves behind."""
+    """Compiles a part in a new process, since libtpu reads its flags only once, and reads the files it writes."""
     with tempfile.TemporaryDirectory() as directory:
         flags = f"--xla_jf_dump_static_llo_profile_to={directory}"
-        if reads_memory:  # thousands of files, so only where they are read
+        if reads_memory:  # thousands of files, so only on request
             flags += f" --xla_jf_dump_to={directory}"
         quiet = dict.fromkeys(("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "3")
         environment = os.environ | quiet
@@ -53,7 +53,7 @@ def measure(part: str, *, reads_memory: bool = False, **sizes: Any) -> Measured:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": flags,
         }
-        command = [sys.executable, "-m", "pallas_kernels.tpu.report_parts", part, json.dumps(sizes)]
+        command = [sys.executable, "-m", "experiments.kernels.tpu_parts", part, json.dumps(sizes)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{part} {sizes} was not compiled:\n{done.stderr[-3000:]}")
@@ -65,7 +65,7 @@ def measure(part: str, *, reads_memory: bool = False, **sizes: Any) -> Measured:
 
 
 def _kernels(directory: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Bytes of scoped VMEM of each operation, and those among them to which registers spill: from libtpu's report."""
+    """Bytes of scoped VMEM of each operation, and how many of them hold spilled registers, from libtpu's report."""
     text = next(directory.glob("*-vmem_report.html")).read_text()
     kernels = {}
     for name in names:
@@ -78,7 +78,7 @@ def _kernels(directory: Path, names: Iterable[str]) -> dict[str, tuple[int, int]
 
 
 def compile_part(part: str, sizes: dict[str, Any]) -> None:
-    """Compiles one part; libtpu writes profile, program and code."""
+    """Compiles one part; libtpu writes the profile, the program and the code."""
     import jax
     from jax.experimental import topologies
 
@@ -89,12 +89,12 @@ def compile_part(part: str, sizes: dict[str, Any]) -> None:
 
 
 def _with(module: Any, **replacements: Any) -> Any:
-    """A module's names, some replaced."""
+    """A copy of a module with some names replaced."""
     return types.SimpleNamespace(**(vars(module) | replacements))
 
 
 def _always(_: Any) -> Callable[[Callable[[], None]], None]:
-    """`pl.when` of what is true."""
+    """`pl.when` with a condition that is always true."""
     return lambda body: body()
 
 
@@ -113,7 +113,7 @@ def _forward(
         add_rows(part_ref, result_ref, state_ref)
 
     def fetch_only(part_ref: Any, result_ref: Any, state_ref: Any, fetch: Any) -> None:
-        for number in range(tiles_per_step):  # one part a tile, so that the results are not thrown away
+        for number in range(tiles_per_step):  # read part of every tile, so that no result is dropped
             state_ref[number : number + 1, :] += result_ref[number * tile * 2 : number * tile * 2 + 1, :]
         fetch_rows(*fetch)
 
@@ -179,7 +179,7 @@ def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tu
 
 
 def _pack(rows: int) -> tuple:
-    """Rows of the backward pass."""
+    """Packing of the backward pass's rows."""
     import jax.numpy as jnp
 
     from pallas_kernels.tpu import key_work
@@ -197,22 +197,23 @@ def _norm(rows: int) -> tuple:
 
 
 def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
-    """All tokens as queries, and as keys one stretch of at most 256 blocks of 128; masked only if is_cut."""
+    """All tokens as queries, one step of at most 256 key blocks of 128 tokens; masked only if is_cut."""
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
+    from pallas_kernels.blocks import Blocks
     from pallas_kernels.tpu import routing
 
     def fixed_grid(*, grid: tuple, **options: Any) -> Any:
-        """One stretch for each tile of queries, all groups of 128 blocks: what is only known at run time."""
+        """Fixes what is only known at run time: one key step per tile of queries, all groups of 128 blocks."""
         lengths = {2: max(1, tokens // 128 // 128), 3: 1}
         fixed = tuple(size if isinstance(size, int) else lengths[axis] for axis, size in enumerate(grid))
         return pltpu.PrefetchScalarGridSpec(grid=fixed, **options)
 
     def extract(start: int, stop: Any, body: Any, carry: Any) -> Any:
-        """A fixed number in front of the loop of unknown length, which counts as 0 but makes its length be computed."""
+        """Runs a fixed number first. The loop of unknown length counts as 0, but its length is still computed."""
         return lax.fori_loop(start, stop, body, lax.fori_loop(start, extractions, body, carry))
 
     routing.lax = _with(  # type: ignore[attr-defined]
@@ -222,19 +223,22 @@ def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
     routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)  # type: ignore[attr-defined]
 
     def route(query: Any, block: Any, reach: Any) -> Any:
-        places = {"block_start": block, "block_length": block, "first_block": reach, "last_block": reach}
-        return routing.route(query, query, **places, block_size=128, top_k=8, is_causal=True)
+        sizes: dict[str, Any] = {"block_size": 128, "num_keys": tokens, "is_packed": False}
+        return routing.route(
+            query, query, Blocks(reach, reach, None, block, block, reach, reach, **sizes), top_k=8, is_causal=True
+        )
 
     return route, [((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens // 128), jnp.int32), ((1, tokens), jnp.int32)]
 
 
 def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_masked: bool, backward: bool) -> tuple:
-    """Every query tile walks `list_length` key blocks; for dK and dV every key block as many query tiles."""
+    """Every query tile visits `list_length` key blocks; for dK and dV every key block visits as many query tiles."""
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
+    from pallas_kernels.blocks import Blocks
     from pallas_kernels.tpu import tile_work
     from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
     from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
@@ -251,7 +255,7 @@ def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_m
         compute: Any,
         mask_copies: Any = None,
     ) -> None:
-        """`tile_work.walk` with full steps, as many for each program."""
+        """`tile_work.walk` with full steps, the same number for each program."""
         del span_ref, clear
         keys_a_step = entries * (key_block if mask_copies is not None else query_block)
         row, num_steps = pl.program_id(0), max(1, list_length * key_block // keys_a_step)
@@ -290,13 +294,19 @@ def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_m
         lax.fori_loop(0, num_steps, run, None)
 
     tile_work.walk = walk
-    options = {"query_block_size": query_block, "key_block_size": key_block, "scale": HEAD_DIM**-0.5}
     array, number = ((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens), jnp.int32)
     inputs = [array, array, array, ((1, 1, -(-tokens // query_block), list_length), jnp.int32), number, number, number]
-    if not backward:
-        return lambda *arrays: attend_tiles_forward(*arrays, **options), inputs
+
+    def run(query: Any, key: Any, value: Any, lists: Any, start: Any, stop: Any, position: Any, *rest: Any) -> Any:
+        sizes: dict[str, Any] = {"block_size": key_block, "num_keys": tokens, "is_packed": False}
+        blocks = Blocks(start, stop, position[..., None], start, start, start, start, **sizes)
+        choice = (query, key, value), lists, blocks, query_block
+        if not backward:
+            return attend_tiles_forward(*choice, scale=HEAD_DIM**-0.5)
+        return attend_tiles_backward(*choice, rest[:2], rest[2:], scale=HEAD_DIM**-0.5)
+
     statistics = ((1, tokens, 1), jnp.float32)
-    return lambda *arrays: attend_tiles_backward(*arrays, **options), [*inputs, array, statistics, array, statistics]
+    return run, [*inputs, array, statistics, array, statistics] if backward else inputs
 
 
 def _splash(tokens: int, tile: int, backward: bool = False) -> tuple:
@@ -325,7 +335,7 @@ def _splash(tokens: int, tile: int, backward: bool = False) -> tuple:
     return attend, [((1, tokens, HEAD_DIM), jnp.bfloat16)] * 3
 
 
-# Part: what gives the function, its arguments as (shape, dtype), and the arguments that it may overwrite.
+# By name: what returns the function to compile, its arguments as (shape, dtype), and the arguments it may overwrite.
 PARTS: dict[str, Callable[..., tuple]] = {
     "forward": _forward,
     "backward": _backward,

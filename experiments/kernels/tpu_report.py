@@ -1,62 +1,68 @@
-"""Static estimates of the TPU kernels beside splash attention: `python -m pallas_kernels.tpu.report`.
+"""Static estimates of the TPU kernels beside splash attention: `python -m experiments tpu_report > docs/tpu-report.md`.
 
-Needs libtpu, no TPU. Every figure comes from a program of its own (`report_parts`), compiled for a v6e with a fixed
-number of steps; two step counts give the cost of a step and what is paid once. What that is worth stands under the
-tables that it prints. Takes about ten minutes.
+Needs libtpu, but no TPU. Every figure comes from its own program (`tpu_parts`), compiled for a v6e with a fixed number
+of steps. Two step counts give the cost of a step and the cost that is paid once. The text under the printed tables says
+how far to trust them. Takes about ten minutes.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from experiments.kernels.tpu_parts import CHIP, HEAD_DIM, Measured, measure
 from pallas_kernels.config import KEY_MAJOR
 from pallas_kernels.tpu import chunks
-from pallas_kernels.tpu.report_parts import CHIP, HEAD_DIM, Measured, measure
+from pallas_kernels.tpu.forward import plan_chunk
+from sparse_attn.layout import whole_rows
 
 CHOICES = (128, 8), (512, 2)  # block_size, top_k
 TOKENS = 8192, 65536, 524288
 FORWARD_TILES = 128, 64
-SPLASH_TILE = 2048  # best for splash attention among 512 to 2048, found by trial
+SPLASH_TILE = 2048  # the fastest for splash attention from 512 to 2048, by trial
 V6E_BYTES = 128 << 20
 LIMITS = """\
-Why more than 5 cycles a pair at block 128:
+Why more than 5 cycles per pair at block 128:
 
-* In the step: the scalar unit forms two addresses a pair, and it is full. See `forward_kernels`.
-* Padding: the last tile of each block in each chunk is half empty. At 524288 tokens a chunk of 75776 rows, all that
-  128 MiB hold, has 148 pairs a block; tiles of 64 waste the least there.
-* Load, finish: once a row, shared by its pairs, and once a chunk: queries become words, sums are cleared, divided and
-  stored. A chunk's first copy and the numbers of its first step are hidden by nothing.
-* Sort, count: XLA's sort takes two thirds of it, counting pairs by a product of one-hot matrices the rest.
-* Cut: the scalar unit, some 14 cycles a tile, and at least four tiles for each block.
+* In the step: two addresses per pair saturate the scalar unit. See `pallas_kernels/tpu/forward_kernels.py`.
+* Padding: the last tile of each block in each chunk is half empty on average. At 524288 tokens a chunk of 75776 rows,
+  the most that fits in 128 MiB, has 148 pairs per block; tiles of 64 waste the least there.
+* Load, finish: once per row, shared by the row's pairs, and once per chunk. Queries are packed into words; sums are
+  cleared, divided and stored. The first copy of a chunk and the tables of its first step are not overlapped.
+* Sort, count: XLA's sort takes two thirds; the rest counts pairs by a product of one-hot matrices.
+* Cut: the scalar unit takes about 14 cycles per tile, and at least four tiles per block.
 
 What the figures are worth:
 
-* Estimates of libtpu's static profile for a v6e; nothing here ever ran on a TPU. Compare, never quote a time.
-* The profile overlaps reads and writes of HBM freely: kernels bound by memory look up to twice too fast.
-* Numbers that the profile cannot know count as 0: always the same rows and keys are fetched. Copies of keys are made
-  in every step and count; in splash attention the pipeline would leave them out, and in `attend_backward` it does.
-* Loops, guards and grids that depend on data are measured at fixed lengths (`report_parts`).
-* Splash attention is measured with a full mask and its body made to run always; a causal pass counts as half.
-* Padding assumes that every block is chosen equally often: half a tile for each block and chunk.
-* Backward, the chunk and its sort and cut are taken to be those of the forward pass, whose tiles are shorter.
-* Extractions of the router assume independent scores: the newest of s stretches holds a negative binomial number of
-  blocks above the best 8 of those before, and a tile makes as many extractions as its worst of 512 queries, at most 8.
-* With XLA's gathers and scatters the profile of a whole program is not available: parts are measured alone.
-* VMEM and spills are read back from the report that libtpu writes beside a compiled program; chunks of 8192 rows there.
+* They are estimates of libtpu's static profile for a v6e. Nothing has run on a TPU. Compare them; do not quote times.
+* The profile assumes that HBM reads and writes overlap freely. Memory-bound kernels look up to twice as fast as they
+  are.
+* Numbers that the profile cannot know count as 0, so the same rows and keys are fetched every time. Copies of keys are
+  made in every step and counted. In splash attention and in `attend_backward` the pipeline would skip repeated ones.
+* Loops, guards and grids that depend on data are measured at fixed lengths (`experiments/kernels/tpu_parts.py`).
+* Splash attention is measured with a full mask and a body that always runs; a causal pass counts as half.
+* Padding assumes that every block is chosen equally often: half a tile per block and chunk.
+* The backward pass is taken to use the forward pass's chunk, sort and cut; its own tiles are longer.
+* Extractions of the router assume independent scores. The newest of s key steps then holds a negative binomial number
+  of blocks above the best 8 of the steps before it. A tile makes as many extractions as its worst of 512 queries needs,
+  at most 8.
+* XLA's gathers and scatters hide the profile of a whole program, so parts are measured one by one.
+* VMEM and spills come from the report that libtpu writes beside a compiled program, for chunks of 8192 rows.
 """
 
 
 class Cost(NamedTuple):
     """Cycles of a kernel."""
 
-    slot: float  # in a step
-    row: float  # once for each row of a chunk
-    chunk: float  # once
+    slot: float  # per slot of a step
+    row: float  # per row of a chunk
+    chunk: float  # per chunk
 
 
 def _cost(part: str, few: int, many: int, slots: int, **sizes: Any) -> tuple[Cost, Measured]:
-    """Of a part by its number of steps and rows, and the measurement with few of both."""
+    """The cost of a part, from three combinations of steps and rows, and the measurement with the fewest of both."""
     low = measure(part, reads_memory=True, rows=8192, steps=few, **sizes)
     more_steps, more_rows = (
         measure(part, rows=rows, steps=steps, **sizes) for rows, steps in ((8192, many), (12288, few))
@@ -88,34 +94,26 @@ def _key_major() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
         rows.append(("attend_backward", block_size, tile, *cost[:2], round(cost.chunk), *found.kernel("attend")))
     cost, found = _cost("forward", 4, 8, 1024, tile=128, has_maximum=True)
     rows.append(("attend_running", 128, 128, *cost[:2], round(cost.chunk), *found.kernel("attend")))
-    sizes = "kernel", "block", "pairs a tile"
-    _table((*sizes, "cycles a slot", "once a row", "once a chunk", "bytes of VMEM", "of these for spills"), rows)
+    sizes = "kernel", "block", "pairs per tile"
+    _table((*sizes, "cycles per slot", "per row", "per chunk", "bytes of VMEM", "of these for spills"), rows)
     add, fetch = (_cost("forward", 4, 8, 1024, tile=128, without=name)[0].slot for name in ("add", "fetch"))
-    print(f"In the step at block 128, tiles of 128: {forward[128, 128].slot:.2f} in all, {add:.2f} without adding")
-    print(f"rows, {fetch:.2f} without fetching those of the next step; the two overlap.\n")
+    print(f"In the step at block 128, tiles of 128: {forward[128, 128].slot:.2f} cycles, {add:.2f} without adding")
+    print(f"rows, {fetch:.2f} without fetching the rows of the next step. Adding and fetching overlap.\n")
     return forward, backward
 
 
 def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float]) -> None:
-    """Tables of the whole forward and backward passes."""
+    """Prints the tables of the whole forward and backward passes."""
     for block_size, top_k in CHOICES:
-        print(f"Forward, cycles a real (query, chosen block) pair, block {block_size}, top_k {top_k}:\n")
+        print(f"Forward, cycles per real (query, chosen block) pair, block {block_size}, top_k {top_k}:\n")
         rows: list[tuple[object, ...]] = []
         backward_rows: list[tuple[object, ...]] = []
         for tokens in TOKENS:
             num_blocks = tokens // block_size
-            chunk = chunks.plan(
-                tokens,
-                row_bytes=1536,
-                row_multiple=128,
-                slot_bytes=4 * (128 * 8 + 3 * block_size),
-                tile_bytes=8 * block_size * 128,
-                pairs_per_row=top_k,
-                num_pieces=num_blocks,
-                tile_sizes=FORWARD_TILES,
-                slots_per_step=1024,
-                config=KEY_MAJOR,
-            )
+            query = jax.ShapeDtypeStruct((1, tokens, 1, 128), jnp.bfloat16)
+            lay_out = functools.partial(whole_rows, block_size=block_size, is_causal=True)
+            chunk = plan_chunk(query, query, top_k, jax.eval_shape(lay_out, query, query), KEY_MAJOR)
+            assert isinstance(chunk, chunks.Chunk)
             pairs = chunk.rows * top_k
             cost = forward[block_size, chunk.tile_size]
             norm = measure("norm", rows=chunk.rows).all
@@ -146,24 +144,24 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             parts_backward = cost.slot, padding, (cost.row * chunk.rows + cost.chunk) / pairs, pack, sum(parts[-2:])
             backward_rows.append((tokens, *parts_backward, sum(parts_backward), sum(parts_backward) / sum(parts)))
         named = "in the step", "padding", "load, finish", "sort, count", "cut", "all"
-        more = ("router, a pair", "ratio with it") if block_size == 128 else ()
-        header = ("tokens", "chunk rows", "tile", *named, "a query", "splash, causal, a query", "ratio", *more)
+        more = ("router, per pair", "ratio with it") if block_size == 128 else ()
+        header = ("tokens", "chunk rows", "tile", *named, "per query", "splash, causal, per query", "ratio", *more)
         _table(header, rows)
-        print(f"Backward, cycles a real pair, block {block_size}, top_k {top_k}:\n")
+        print(f"Backward, cycles per real pair, block {block_size}, top_k {top_k}:\n")
         parts_named = "in the step", "padding", "load, store", "pack", "sort, count, cut"
-        _table(("tokens", *parts_named, "all", "to the forward"), backward_rows)
+        _table(("tokens", *parts_named, "all", "over the forward"), backward_rows)
 
 
 def _router() -> dict[int, float]:
-    """Cycles a pair of the router at block 128, top_k 8, causal, by tokens."""
+    """Prints the router's table. Returns its cycles per pair at block 128, top_k 8, causal, by tokens."""
 
-    def extractions(stretches: int) -> float:
-        """Expected largest number, 8 at most, among 512 queries of newest blocks above the older stretches' best 8."""
-        chance = 1 / stretches
+    def extractions(key_steps: int) -> float:
+        """Expected extractions of a tile at its newest key step: the maximum over 512 queries, at most 8."""
+        chance = 1 / key_steps
         terms = [math.comb(number + 7, 7) * chance**number * (1 - chance) ** 8 for number in range(8)]
         return sum(1 - sum(terms[:number]) ** 512 for number in range(1, 9))
 
-    print("Router, block 128, top_k 8, causal; a stretch is 256 blocks, or all if fewer, for 512 queries:\n")
+    print("Router, block 128, top_k 8, causal. A key step is 256 blocks, or all if fewer, for 512 queries:\n")
     rows: list[tuple[object, ...]] = []
     cycles = {}
     for tokens in TOKENS:
@@ -175,23 +173,23 @@ def _router() -> dict[int, float]:
         tiles, router = measured // 512, few.named("moba_route")
         extraction = (many.named("moba_route") - router) / tiles / 7
         mask = (cut.named("moba_route") - router) / tiles
-        stretch = router / tiles - extraction  # one extraction is always done
-        means = (few.all - router) / measured  # a token
+        key_step = router / tiles - extraction  # one extraction is always made
+        means = (few.all - router) / measured  # per token
         most = tokens // measured
-        costs = [stretch + extraction * extractions(number) for number in range(1, most + 1)]
-        seen = sum(sum(costs[:number]) + mask for number in range(1, most + 1)) / most  # a tile sees half of them
+        costs = [key_step + extraction * extractions(number) for number in range(1, most + 1)]
+        seen = sum(sum(costs[:number]) + mask for number in range(1, most + 1)) / most  # a tile sees half of the steps
         cycles[tokens] = (seen / 512 + means) / 8
-        numbers = most, stretch, mask, extraction, sum(map(extractions, range(1, most + 1))) / most
+        numbers = most, key_step, mask, extraction, sum(map(extractions, range(1, most + 1))) / most
         rows.append((tokens, *numbers, seen / 512, means, cycles[tokens] * 8, cycles[tokens]))
-    header = "tokens", "stretches", "a stretch", "its mask", "an extraction", "extractions a stretch"
-    _table((*header, "scores and choice, a query", "means and copies", "all, a query", "a pair"), rows)
+    header = "tokens", "key steps", "one key step", "its mask", "one extraction", "extractions per key step"
+    _table((*header, "scores and choice, per query", "means and copies", "all, per query", "per pair"), rows)
     print("{} bytes of VMEM, {} of these for spills.\n".format(*cut.kernel("moba_route")))
     return cycles
 
 
 def _tiles(splash: float, splash_backward: float) -> None:
-    """The query-tile-major kernels beside splash attention."""
-    print("Query-tile-major kernels, cycles a query and 512 keys that it visits, 8192 queries, 4096 keys for each:\n")
+    """Prints the table of the query-tile-major kernels beside splash attention."""
+    print("Query-tile-major kernels, cycles per query and 512 visited keys; 8192 queries, each visits 4096 keys:\n")
     rows: list[tuple[object, ...]] = []
     for block in (512, 128):
         for is_masked in (False, True):
@@ -213,19 +211,20 @@ def _tiles(splash: float, splash_backward: float) -> None:
                 rows.append((f"{name}, block {block}", note, part, "", *backward.kernel(name)))
             whole = cost + gradients
             rows.append((f"all three, block {block}", note, whole, whole / splash_backward, "", ""))
-    header = "kernel", "mask", "cycles", "to splash attention", "bytes of VMEM", "of these for spills"
+    header = "kernel", "mask", "cycles", "over splash attention", "bytes of VMEM", "of these for spills"
     _table(header, rows)
 
 
-def main() -> None:
+def tpu_report() -> None:
+    """Prints static estimates of the TPU kernels beside splash attention; takes about ten minutes, needs libtpu."""
     print(f"Static estimates for {CHIP}, head_dim {HEAD_DIM}, bfloat16, one head. A step takes 1024 slots.\n")
-    jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU, and complains
+    jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU and logs errors
     chunks.SMALLEST_CHIP = V6E_BYTES  # there is no chip to ask
     splash = {tile: measure("splash", tokens=8192, tile=tile) for tile in (512, SPLASH_TILE)}
     cost = {tile: found.named("splash") / 8192 / 16 for tile, found in splash.items()}
     backward = measure("splash", tokens=8192, tile=1024, backward=True).named("splash") / 8192 / 16
     print(
-        f"Splash attention, cycles a query and 512 keys: forward {cost[512]:.2f} (tiles 512), {cost[SPLASH_TILE]:.2f}"
+        f"Splash attention, cycles per query and 512 keys: forward {cost[512]:.2f} (tiles 512), {cost[SPLASH_TILE]:.2f}"
     )
     print(f"({SPLASH_TILE}); with the backward {backward:.2f} (1024).\n")
     _tiles(cost[SPLASH_TILE], backward)
@@ -233,7 +232,3 @@ def main() -> None:
     router = _router()
     _whole(*slots, cost[SPLASH_TILE], router)
     print(LIMITS, end="")
-
-
-if __name__ == "__main__":
-    main()

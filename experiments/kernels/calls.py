@@ -1,90 +1,78 @@
-"""The calls that are checked, tuned and measured on a device: inputs of a problem, the kernels, what they must give."""
+"""What is checked and timed on a GPU: the inputs of a problem, the calls, and the results they must give."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels.config import MosaicConfig, TritonConfig
+from experiments.kernels.roofline import Problem
+from pallas_kernels.blocks import Blocks, Results
+from pallas_kernels.config import TRITON, MosaicConfig, TritonConfig
+from pallas_kernels.gpu import backward, forward, mosaic_backward, mosaic_forward
 from pallas_kernels.gpu.chunks import Chunk, for_chunks
-from pallas_kernels.gpu.forward import attend_chunks
-from pallas_kernels.gpu.roofline import Problem
 from pallas_kernels.gpu.routing import route
 from pallas_kernels.gpu.tiles import padded_head_dim
-from pallas_kernels.gpu.tuning import tuned
+from sparse_attn.layout import whole_rows
 
 Arrays = dict[str, jax.Array]
-# How far a 16-bit result may lie from the right one, as a share of the largest expected value, at least of 1: rounding
-# of inputs of the products and of the result, a few units of 2^-8.
+# Largest error of a 16-bit result, relative to the largest expected value or to 1 if that is smaller. Products round
+# their inputs and results to bfloat16, each by up to 2^-9 relative.
 _TOLERANCE = 2e-2
 
 
 def make_arrays(problem: Problem) -> Arrays:
-    """Query, key, value and gradient of the output in bfloat16; the places of blocks in full causal sequences.
+    """Query, key, value and gradient of the output in bfloat16, of causal sequences.
 
-    The numbers are random multiples of 1/8. Router scores are then exact in float32, in whatever order they are summed,
-    and there is one right choice.
+    Values are random multiples of 1/8, so that router scores are exact in float32 in any order of summation, and only
+    one choice is right.
     """
     shape = (problem.batch, problem.sequence, problem.heads, problem.head_dim)
     names = ("query", "key", "value", "d_output")
     arrays = {name: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) for seed, name in enumerate(names)}
     arrays = {name: jnp.round(8 * array) / 8 for name, array in arrays.items()}
-    place = np.arange(problem.sequence, dtype=np.int32)
-    rows = {
-        "block_start": place[:: problem.block_size],
-        "block_length": np.full(problem.num_blocks, problem.block_size, np.int32),
-        "first_block": np.zeros_like(place),
-        "last_block": place // problem.block_size,
-        "key_stop": place + 1,
-    }
-    return arrays | {name: jnp.broadcast_to(row, (problem.batch, row.size)) for name, row in rows.items()}
+    return arrays
 
 
 def make_calls(
     problem: Problem, config: TritonConfig | MosaicConfig, interpret: Any = False
 ) -> dict[str, Callable[..., Any]]:
-    """Functions of the arrays of `make_arrays` and, but for "route" and the whole ones, of the choice.
+    """The calls by name. Each takes the arrays of `make_arrays`; those of `takes_choice` take the choice as well.
 
     Args:
       problem: what to compute.
-      config: sizes of the kernels. For the Mosaic ones routing takes the sizes of the table, and there are no stages.
+      config: sizes of the kernels; its type decides between Triton and Mosaic. Mosaic kernels use Triton's router with
+        its default sizes, and their stages cannot be called one by one.
       interpret: as in the kernels.
     """
-    block_size, scale = problem.block_size, problem.head_dim**-0.5
     is_mosaic = isinstance(config, MosaicConfig)
-    backend = "mosaic_" if is_mosaic else ""
-    attend_forward = importlib.import_module(f"pallas_kernels.gpu.{backend}forward").attend_forward
-    attend_backward = importlib.import_module(f"pallas_kernels.gpu.{backend}backward").attend_backward
+    attend_forward: Callable[..., Any] = (mosaic_forward if is_mosaic else forward).attend_forward
+    attend_backward: Callable[..., Any] = (mosaic_backward if is_mosaic else backward).attend_backward
+    options: dict[str, Any] = {"scale": problem.head_dim**-0.5, "config": config, "interpret": interpret}
+
+    def blocks_of(a: Arrays) -> Blocks:
+        return whole_rows(a["query"], a["key"], block_size=problem.block_size, is_causal=True)
 
     def choose(a: Arrays) -> jax.Array:
-        names = ("block_start", "block_length", "first_block", "last_block")
-        places: dict[str, Any] = {name: a[name] for name in names}  # and the static options
-        sizes = tuned(problem.head_dim, block_size, problem.top_k) if isinstance(config, MosaicConfig) else config
-        places |= {"block_size": block_size, "top_k": problem.top_k, "is_causal": True}
-        return route(a["query"], a["key"], **places, config=sizes, interpret=bool(interpret))
+        sizes = TRITON if isinstance(config, MosaicConfig) else config
+        static: dict[str, Any] = {"top_k": problem.top_k, "is_causal": True, "interpret": bool(interpret)}
+        return route(a["query"], a["key"], blocks_of(a), config=sizes, **static)
 
-    def options(a: Arrays) -> dict[str, Any]:
-        places: dict[str, Any] = {name: a[name] for name in ("block_start", "block_length", "key_stop")}
-        static = {"block_size": block_size, "is_packed": False, "scale": scale}
-        return {**places, **static, "config": config, "interpret": interpret}
-
-    def attend(a: Arrays, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return attend_forward(a["query"], a["key"], a["value"], indices, **options(a))
+    def attend(a: Arrays, indices: jax.Array) -> Results:
+        return attend_forward((a["query"], a["key"], a["value"]), indices, blocks_of(a), **options)
 
     def differentiate(a: Arrays, indices: jax.Array) -> tuple[jax.Array, ...]:
-        output, log_sum_exp = attend(a, indices)
-        results = output, log_sum_exp, a["d_output"], jnp.zeros_like(log_sum_exp)
-        return attend_backward(a["query"], a["key"], a["value"], indices, *results, **options(a))
+        results = attend(a, indices)
+        cotangents = a["d_output"], jnp.zeros_like(results[1])
+        arrays = a["query"], a["key"], a["value"]
+        return attend_backward(arrays, indices, blocks_of(a), results, cotangents, **options)
 
     def over_chunks(a: Arrays, indices: jax.Array, keep: Callable[..., jax.Array]) -> jax.Array:
-        """Of each chunk one number is kept, so that nothing of it can be left out."""
+        """Sums one number per chunk, so that XLA cannot drop the work as unused."""
         assert isinstance(config, TritonConfig)
-        plan, attend_chunk = attend_chunks(a["query"], a["key"], a["value"], indices, **options(a))
+        plan, attend_chunk = forward.attend_chunks((a["query"], a["key"], a["value"]), indices, blocks_of(a), **options)
         tile_size = config.for_rows(padded_head_dim(problem.head_dim), a["query"].dtype.itemsize).tile_size
 
         def add(chunk: Chunk, total: jax.Array) -> jax.Array:
@@ -114,12 +102,12 @@ def make_calls(
 
 
 def takes_choice(name: str) -> bool:
-    """Whether a call of `make_calls` takes the choice, besides the arrays."""
+    """Whether a call of `make_calls` takes the choice after the arrays."""
     return name in ("schedule", "schedule_attend", "forward", "forward_backward")
 
 
 def dense_calls() -> dict[str, Callable[..., Any]]:
-    """cuDNN's dense causal attention of the same arrays."""
+    """cuDNN's dense causal attention on the same arrays."""
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -135,15 +123,15 @@ def dense_calls() -> dict[str, Callable[..., Any]]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def right_results(problem: Problem, arrays: Arrays) -> dict[str, Any]:
-    """What "route", "forward" and "forward_backward" must give: by XLA in float32, with all logits in memory at once.
+    """Results of "route", "forward" and "forward_backward", computed densely by XLA in float32.
 
-    For sequences of a few thousand tokens, whose `[batch, heads, queries, keys]` logits fit.
+    Holds logits `[batch, heads, queries, keys]`, so it is for sequences of a few thousand tokens.
     """
     query, key, value, d_output = (
         arrays[name].astype(jnp.float32) for name in ("query", "key", "value", "d_output")
     )  # each [batch, tokens, heads, head_dim]
     block = jnp.arange(problem.num_blocks)
-    own = arrays["last_block"][:, None, :, None]  # [batch, 1, queries, 1]
+    own = (jnp.arange(problem.sequence) // problem.block_size)[None, None, :, None]  # [1, 1, queries, 1]
     means = key.reshape(problem.batch, problem.num_blocks, problem.block_size, *key.shape[2:]).mean(2)
     with jax.default_matmul_precision("highest"):
         scores = jnp.einsum("bqhd,bnhd->bhqn", query, means)  # n blocks
@@ -167,12 +155,12 @@ def right_results(problem: Problem, arrays: Arrays) -> dict[str, Any]:
 
 
 def is_right(actual: Any, expected: Any) -> bool:
-    """Whether results are those of `right_results`: choices exactly, numbers up to rounding in 16 bits."""
+    """Whether results match those of `right_results`: choices exactly, numbers up to 16-bit rounding."""
 
     def agree(actual: jax.Array, expected: jax.Array) -> bool:
         if jnp.issubdtype(expected.dtype, jnp.integer):
             return bool((actual == expected).all())
         error = jnp.abs(actual.astype(jnp.float32) - expected).max()
-        return bool(error <= _TOLERANCE * jnp.maximum(1, jnp.abs(expected).max()))  # NaN is not
+        return bool(error <= _TOLERANCE * jnp.maximum(1, jnp.abs(expected).max()))  # False for NaN
 
     return jax.tree.all(jax.tree.map(agree, actual, expected))

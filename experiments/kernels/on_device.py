@@ -1,17 +1,18 @@
-"""Tests and benchmark of the GPU kernels on the GPU at hand: `python -m pallas_kernels.gpu.on_device --out FILE.json`.
+"""Tests and times the GPU kernels on this machine's GPU: `python -m experiments on_device --out FILE.json`.
 
-In this order: the numerical tests of the repository with the kernels (from the repository's root); the kernels at the
-sizes of the benchmark, short sequences, against dense products in float32; whether two runs give the same bits; the
-measured ceilings of the chip; then, for every problem of `roofline.PROBLEMS`, forward and forward + backward with the
-time of each stage and the memory of each call, beside cuDNN's dense attention in the same run. Everything goes into the
-JSON file, a table into the Markdown file beside it. This script has not been run on a GPU yet.
+Needs JAX and the repository, nothing else (pytest for the tests). Run it from the root of the repository. Steps:
 
-`--backend mosaic` measures the Mosaic kernels, with Triton's router. `--tune` instead tries sizes of the Triton kernels
-and writes the table that they read (`tuning`). Without a GPU the script prints the roofline by arithmetic
-(`docs/gpu-roofline.md`) and measures nothing.
+1. The repository's numerical tests, with the kernels.
+2. The kernels at the benchmark's sizes, on short sequences, against dense attention in float32.
+3. Whether two runs give the same bits.
+4. What the GPU reaches at most, measured: bytes per second of a copy, operations per second of a matrix product.
+5. For every problem of `roofline.PROBLEMS`: forward, and forward with backward, with the time of each stage and the
+   memory of each call, beside cuDNN's dense attention in the same process.
 
-Times are wall-clock times of one call, launches included, until its results are there. Memory is what the compiled call
-holds at most, by XLA's own account: arguments, results and temporary buffers.
+All numbers go to the JSON file, a table to the Markdown file beside it. Not yet run on a GPU.
+
+A time is the wall-clock time of one call, launch included, until its results are ready. Memory is the peak of the
+compiled call as XLA reports it: arguments, results and temporary buffers.
 """
 
 import argparse
@@ -30,45 +31,47 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.config import MOSAIC, MosaicConfig, TritonConfig
-from pallas_kernels.gpu import roofline
-from pallas_kernels.gpu.calls import dense_calls, is_right, make_arrays, make_calls, right_results, takes_choice
-from pallas_kernels.gpu.roofline import Problem
-from pallas_kernels.gpu.tuner import shortened, tune
-from pallas_kernels.gpu.tuning import TABLE, make_entry, tuned, write_entry
+from experiments.kernels import roofline
+from experiments.kernels.calls import dense_calls, is_right, make_arrays, make_calls, right_results, takes_choice
+from experiments.kernels.roofline import Problem
+from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig, TritonConfig
 
 Times = dict[str, float]
 _REPEATS = 10
-_TUNED_TOKENS = 65536
+_CHECKED_TOKENS = 2048  # at most; `right_results` holds all logits
+_SIZES: dict[str, TritonConfig | MosaicConfig] = {"triton": TRITON, "mosaic": MOSAIC}
 _TESTS = {
     "triton": ("-k", "pallas", "tests/test_attention.py", "tests/test_gradients.py", "tests/test_routing.py"),
     "mosaic": ("tests/gpu/test_mosaic.py",),
 }
 _COLUMNS = (
     *("head_dim", "block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "spread", "cuDNN"),
-    *("gain", "both", "spread", "cuDNN", "gain", "memory", "memory, both", "attend: memory's rate", "failed"),
+    *("gain", "both", "spread", "cuDNN", "gain", "memory", "memory, both", "attend: bandwidth", "failed"),
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(options: list[str]) -> None:
+    """The command; `options` are those of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments on_device",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu.json"), help="the JSON file to write")
-    parser.add_argument("--backend", choices=("triton", "mosaic"), default="triton", help="the kernels that attend")
-    parser.add_argument("--longest", type=int, default=1 << 19, help="skip longer sequences")
-    parser.add_argument("--skip-tests", action="store_true", help="only measure")
-    parser.add_argument("--tune", action="store_true", help="fill the table of sizes instead")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--backend", choices=tuple(_SIZES), default="triton", help="the attention kernels; routing is always Triton's"
+    )
+    parser.add_argument("--longest", type=int, default=1 << 19, help="longest sequence to measure (tokens)")
+    parser.add_argument("--skip_tests", action="store_true", help="skip steps 1 and 2")
+    arguments = parser.parse_args(options)
     if jax.default_backend() != "gpu":
-        print(roofline.table(), end="")
-        return
-    if arguments.tune:
-        fill_table()
-        return
+        sys.exit("error: JAX finds no GPU. What the kernels should cost: python -m experiments roofline")
     problems = [problem for problem in roofline.PROBLEMS if problem.sequence <= arguments.longest]
     report: dict[str, Any] = {"machine": describe_machine(), "backend": arguments.backend}
     if not arguments.skip_tests:
         report["tests"] = run_tests(arguments.backend)
-        report["checks"] = {str(problem): check(problem, arguments.backend) for problem in _shapes(shortened)}
+        short = dict.fromkeys(shortened(problem) for problem in problems)
+        report["checks"] = {str(problem): check(problem, _SIZES[arguments.backend]) for problem in short}
     report["is_deterministic"] = is_deterministic(arguments.backend)
     report["ceilings"] = measure_ceilings()
     print(json.dumps(report, indent=1))
@@ -81,10 +84,10 @@ def main() -> None:
 
 
 def run_tests(backend: str) -> str:
-    """Runs the repository's tests with the kernels on this GPU; returns their closing line."""
+    """Runs the repository's tests with the kernels on this GPU; returns pytest's last line."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cuda",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # of what the kernels are compared with
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # for the references
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     command = [sys.executable, "-m", "pytest", "-q", *_TESTS[backend]]
@@ -93,29 +96,13 @@ def run_tests(backend: str) -> str:
     return (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
 
 
-def fill_table() -> None:
-    """Tunes every shape of the benchmark at one length and writes the table after each."""
-    for problem in _shapes(lambda problem: dataclasses.replace(problem, sequence=_TUNED_TOKENS)):
-        config, times, default_times = tune(problem, lambda *call: measure_seconds(*call)["median"])
-        machine = describe_machine()
-        key: dict[str, Any] = {name: getattr(problem, name) for name in ("head_dim", "block_size", "top_k", "sequence")}
-        key |= {name: machine[name] for name in ("device", "date", "jax")}
-        entry = make_entry(config, **key, milliseconds=times, default_milliseconds=default_times)
-        write_entry(TABLE, entry)
-        print(json.dumps(entry), flush=True)
-
-
-def _shapes(change: Callable[[Problem], Problem]) -> list[Problem]:
-    """The problems of the benchmark after a change, each once."""
-    return list(dict.fromkeys(map(change, roofline.PROBLEMS)))
-
-
-def sizes(problem: Problem, backend: str) -> TritonConfig | MosaicConfig:
-    """What the kernels of a backend take."""
-    return MOSAIC if backend == "mosaic" else tuned(problem.head_dim, problem.block_size, problem.top_k)
+def shortened(problem: Problem) -> Problem:
+    """The problem with few enough tokens for `right_results`."""
+    return dataclasses.replace(problem, batch=1, sequence=min(problem.sequence, _CHECKED_TOKENS))
 
 
 def describe_machine() -> dict[str, str]:
+    """GPU, driver, clocks, and the versions of JAX and Python."""
     device = jax.devices()[0]
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv"]
     try:
@@ -133,7 +120,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def measure_seconds(function: Callable[..., Any], *arguments: Any) -> Times:
-    """Median, least and most of the times of a compiled call, after one that does not count."""
+    """Median, minimum and maximum time of a compiled call (seconds), after a warm-up call."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(_REPEATS):
@@ -144,7 +131,7 @@ def measure_seconds(function: Callable[..., Any], *arguments: Any) -> Times:
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes a second of a copy, and operations a second of a 16-bit product of matrices of 8192 x 8192."""
+    """Bytes per second of a copy; operations per second of a bfloat16 product of two 8192 x 8192 matrices."""
     numbers = jnp.zeros(1 << 30, jnp.bfloat16)
     copy = measure_seconds(jax.jit(lambda x: x + 1), numbers)["median"]
     matrix = jnp.ones((8192, 8192), jnp.bfloat16)
@@ -152,10 +139,10 @@ def measure_ceilings() -> dict[str, float]:
     return {"bytes_per_second": 2 * numbers.nbytes / copy, "flops_per_second": 2 * 8192**3 / product}
 
 
-def check(problem: Problem, backend: str) -> dict[str, bool]:
-    """Whether each call gives the right results; `problem` is a short one."""
+def check(problem: Problem, config: TritonConfig | MosaicConfig, interpret: bool = False) -> dict[str, bool]:
+    """Whether routing, forward and backward give the right results on a short problem, by the name of the call."""
     arrays = make_arrays(problem)
-    calls = make_calls(problem, sizes(problem, backend))
+    calls = make_calls(problem, config, interpret)
     expected = right_results(problem, arrays)
     return {
         name: is_right(jax.jit(calls[name])(*([arrays, expected["route"]] if takes_choice(name) else [arrays])), right)
@@ -166,15 +153,15 @@ def check(problem: Problem, backend: str) -> dict[str, bool]:
 def is_deterministic(backend: str) -> bool:
     """Whether two runs of forward and backward give the same bits."""
     problem = roofline.PROBLEMS[0]
-    call = jax.jit(make_calls(problem, sizes(problem, backend))["whole_forward_backward"])
+    call = jax.jit(make_calls(problem, _SIZES[backend])["whole_forward_backward"])
     arrays = make_arrays(problem)
     first, second = call(arrays), call(arrays)
     return all(bool((a == b).all()) for a, b in zip(first, second, strict=True))
 
 
 def measure(problem: Problem, backend: str) -> dict[str, Any]:
-    """Seconds of calls and of stages, bytes of calls; a failure is kept as its text."""
-    arrays, calls = make_arrays(problem), make_calls(problem, sizes(problem, backend)) | dense_calls()
+    """Time and memory of every call, time and rates of every stage; the message of each call that failed."""
+    arrays, calls = make_arrays(problem), make_calls(problem, _SIZES[backend]) | dense_calls()
     indices = jax.jit(calls["route"])(arrays)
     seconds: dict[str, Times] = {}
     memory: dict[str, int] = {}
@@ -186,7 +173,7 @@ def measure(problem: Problem, backend: str) -> dict[str, Any]:
             used: Any = compiled.memory_analysis()
             memory[name] = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
             seconds[name] = measure_seconds(compiled, *inputs)
-        except Exception as error:  # one call that fails must not lose the others
+        except Exception as error:  # keep the other measurements
             failures[name] = str(error)[:300]
     stages = split_stages({name: times["median"] for name, times in seconds.items()})
     expected = {stage.name: stage for stage in roofline.forward_stages(problem)}
@@ -200,7 +187,7 @@ def measure(problem: Problem, backend: str) -> dict[str, Any]:
 
 
 def split_stages(seconds: Times) -> Times:
-    """Seconds of the stages, by differences of calls; of those whose calls there are."""
+    """Seconds of each stage: the difference of two calls. A stage is left out if one of its calls was not timed."""
     differences = {
         "route": ("route", None),
         "schedule": ("schedule", None),
@@ -216,15 +203,16 @@ def split_stages(seconds: Times) -> Times:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a page of Markdown."""
+    """The report in Markdown."""
     machine, ceilings = report["machine"], report["ceilings"]
     lines = [
         f"# {report['backend']} kernels on one {machine['device']}, {machine['date']}, JAX {machine['jax']}",
         "",
-        f"Measured ceilings: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, "
-        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s. Times in milliseconds, medians of {_REPEATS}; spread is "
-        "(most - least) / median. `forward` and `both` (forward and backward) include routing; gain and memory are "
-        "against cuDNN's dense attention.",
+        f"Measured peaks: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, "
+        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s. Times in milliseconds, medians of {_REPEATS} calls; "
+        "spread is (maximum - minimum) / median. `forward` and `both` (forward with backward) include routing. "
+        "`gain` is cuDNN's time over ours, `memory` our memory over cuDNN's (dense attention). `attend: bandwidth` is "
+        "a share of the measured peak.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "| ---: " * len(_COLUMNS) + "|",
@@ -233,11 +221,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def row(problem: dict[str, Any], ceilings: dict[str, float]) -> str:
-    """One line of the table; "-" for what was not measured."""
+    """One row of the table; "-" where nothing was measured."""
     seconds, memory, stages = problem["seconds"], problem["memory"], problem["stages"]
 
     def times(call: str) -> list[str]:
-        """Ours, its spread, cuDNN's, how many times faster ours is."""
+        """Our time, its spread, cuDNN's time, the gain."""
         ours, dense = seconds.get(f"whole_{call}"), seconds.get(f"dense_{call}")
         spread = f"{100 * (ours['most'] - ours['least']) / ours['median']:.0f} %" if ours else "-"
         gain = f"{dense['median'] / ours['median']:.2f}" if ours and dense else "-"
@@ -264,4 +252,4 @@ def row(problem: dict[str, Any], ceilings: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
