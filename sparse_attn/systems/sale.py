@@ -78,7 +78,6 @@ class SALE(System):
     def select(self, query: jax.Array, key: jax.Array, thresholds: ArrayLike | None = None) -> LevelMap:
         """The tiles that are attended, without a gradient; arguments as of the call."""
         query, key = map(jnp.asarray, (query, key))
-        check_attention(query, key, key, self.scale)
         self.check(query, key)
         return self._select(*jax.lax.stop_gradient((query, key)), thresholds)
 
