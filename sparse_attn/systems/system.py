@@ -138,6 +138,8 @@ def by_sequence(
 ) -> jax.Array:
     """call(row, *arrays) of every sequence in packed or padded rows by itself, put back in place; zeros for padding.
 
+    Rows that are neither packed nor padded go through one call together, with row `slice(None)`.
+
     A choice by tiles depends on where a sequence begins and how long it is, often through numbers of blocks that are
     shapes. So each sequence is cut out, of its own length, and the program grows with the number of sequences.
 
@@ -150,6 +152,8 @@ def by_sequence(
     Raises:
       ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced.
     """
+    if segment_ids is None and seq_lengths is None:
+        return call(slice(None), *arrays)
     query = arrays[0]
     given = {"segment_ids": (segment_ids, query.shape[:2]), "seq_lengths": (seq_lengths, query.shape[:1])}
     known = {}

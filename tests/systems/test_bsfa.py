@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import bsfa
+from sparse_attn.systems.bsfa import BSFA
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
-SIZES = {"query_block_size": 8, "key_block_size": 4}
+SYSTEM = BSFA(query_block_size=8, key_block_size=4, scale=0.5)
 TOKENS = 37
 CAUSAL = np.tril(np.ones((TOKENS, TOKENS), bool))
 
@@ -50,7 +50,7 @@ def test_thresholds_equal_loops(aggregation, top_k, strict_ranks):
     query, key, _ = draw()
     if aggregation == "median":
         query, key = abs(query), -abs(key)  # all maxima below 0
-    calibrate = functools.partial(bsfa.calibrate, **SIZES, top_k=top_k, aggregation=aggregation, scale=0.5)
+    calibrate = functools.partial(SYSTEM.calibrate, top_k=top_k, aggregation=aggregation)
     expected = np.full((4, 5), -np.inf)
     for h, i in np.ndindex(4, 5):
         if 2 * i > top_k:
@@ -62,9 +62,7 @@ def test_thresholds_equal_loops(aggregation, top_k, strict_ranks):
     assert_close(np.nan_to_num(thresholds, neginf=0), np.nan_to_num(expected, neginf=0), "float32")
 
 
-@jax.jit
-def attend(query, key, value, thresholds):
-    return bsfa.attention(query, key, value, thresholds, **SIZES, scale=0.5)
+attend = jax.jit(SYSTEM)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -85,11 +83,18 @@ def test_choice_equals_loops_and_no_threshold_is_dense_and_the_highest_keeps_the
     query, key, _ = draw()
     thresholds = draw_thresholds()
     thresholds[2:] = [[-np.inf] * 4, [np.inf] * 4]
-    levels = jax.jit(functools.partial(bsfa.select, **SIZES, scale=0.5))(query, key, thresholds)
+    levels = jax.jit(SYSTEM.select)(query, key, thresholds)
     chosen = np.asarray(levels.to_mask()).repeat(8, 2).repeat(4, 3)[:, :, :TOKENS, :TOKENS] & CAUSAL
     np.testing.assert_array_equal(chosen, choose(query, key, thresholds, 0.5))
     block = np.arange(TOKENS) // 8
     np.testing.assert_array_equal(chosen[0, 2:], [CAUSAL, CAUSAL & (block[:, None] == block)])
+
+
+def test_a_padded_row_is_a_sequence_of_its_own(strict_ranks):
+    arrays = *draw(), draw_thresholds()
+    output = jax.jit(functools.partial(SYSTEM, seq_lengths=np.array([TOKENS, 0, 0])))(*arrays)
+    assert_close(output[0], attend(*arrays)[0], "float32")
+    np.testing.assert_array_equal(output[1:], 0)
 
 
 def test_bad_arguments_are_named():
@@ -99,12 +104,13 @@ def test_bad_arguments_are_named():
         ({"thresholds": table[:2]}, "thresholds must be"),
         ({"thresholds": table[:, :0]}, "thresholds must be"),
         ({"thresholds": table[0]}, "thresholds must be"),
-        ({"query_block_size": 0}, "query_block_size"),
-        ({"key_block_size": 0}, "key_block_size"),
         ({"key": key[:, 1:], "value": value[:, 1:]}, "as many tokens"),
     ):
         with pytest.raises(ValueError, match=name):
-            bsfa.attention(**{"query": query, "key": key, "value": value, "thresholds": table, **arguments})
+            SYSTEM(**{"query": query, "key": key, "value": value, "thresholds": table, **arguments})
+    for name in ("query_block_size", "key_block_size"):
+        with pytest.raises(ValueError, match=name):
+            BSFA(**{name: 0})
     for options, name in (({"top_k": 0}, "top_k"), ({"aggregation": "max"}, "aggregation must be")):
         with pytest.raises(ValueError, match=name):
-            bsfa.calibrate(query, key, **options)
+            SYSTEM.calibrate(query, key, **options)

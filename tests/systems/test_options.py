@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import pbs_attention, prism, psa, sla, xattention
+from sparse_attn.systems import psa, sla
+from sparse_attn.systems.pbs_attention import PBSAttention
+from sparse_attn.systems.prism import Prism
+from sparse_attn.systems.xattention import XAttention
 from tests import near_ties, oracle
 from tests.cases import assert_close
 from tests.systems import test_psa
@@ -31,19 +34,19 @@ def tokens_of(choice, num_queries, num_keys, is_causal):
     return mask & (np.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool) | (not is_causal))
 
 
-def choose_xattention(query, key, threshold, mode, norm, is_causal, chunk_size, keep_sink, keep_recent):
+def choose_xattention(query, key, threshold, mode, norm, is_causal, keep_sink, keep_recent):
     """Which key blocks each query block of one head attends, bool [query_blocks, key_blocks], and whether no rounding
     changes that, bool [query_blocks].
     """
-    size, (num_queries, num_keys) = chunk_size or BLOCK, (len(query), len(key))
-    query, key = (np.pad(x, ((0, -len(x) % size), (0, 0))) for x in (query, key))
-    diagonal, num_seen = (len(key) - len(query)) // BLOCK, len(key) if chunk_size else num_keys
+    num_queries, num_keys = len(query), len(key)
+    query, key = (np.pad(x, ((0, -len(x) % BLOCK), (0, 0))) for x in (query, key))
+    diagonal = (len(key) - len(query)) // BLOCK
     side, rows, columns = BLOCK // STRIDE, -(-num_queries // STRIDE), len(key) // STRIDE
     weights, errors = np.zeros((2, len(query) // STRIDE, columns))
     for r in range(rows):
         logits = np.full(columns, -np.inf)
         for c in range(columns):
-            if c * STRIDE < num_seen and (c <= r + diagonal * side or not is_causal):
+            if c * STRIDE < num_keys and (c <= r + diagonal * side or not is_causal):
                 pairs = MEETINGS[mode].items()
                 dots = [times * (query[r * STRIDE + i] @ key[c * STRIDE + j]) for (i, j), times in pairs]
                 logits[c] = sum(dots) * 8**-0.5 / STRIDE / norm
@@ -57,36 +60,29 @@ def choose_xattention(query, key, threshold, mode, norm, is_causal, chunk_size, 
             for x in (weights, errors)
         )
         forced = {0, i + diagonal} if is_causal else set()
-        is_lagging = is_causal and chunk_size and diagonal == 0 and i < chunk_size // BLOCK
-        forced = {i} if is_lagging else forced
         kept = set(top_p(mass, threshold, forced))
         decided[i] = threshold == 0 or is_prefix_decided(mass, error, list(kept), threshold, forced)
-        if is_lagging:
-            kept |= set(sorted(set(blocks) - kept, key=lambda j: -mass[j])[: 1 if threshold else 0])
-            place = np.arange(len(mass))
-            decided[i] &= near_ties.is_decided(np.where(place == i, np.inf, mass), error, np.isin(place, list(kept)))
-        kept |= ({0} if chunk_size else set()) | ({i + diagonal} if keep_recent else set())
+        kept |= {i + diagonal} if keep_recent else set()
         chosen[i, list(blocks if keep_sink and i == 0 else kept)] = True
-    return chosen[:, : -(-num_keys // BLOCK)], decided
+    return chosen, decided
 
 
 @pytest.mark.parametrize(
-    ("mode", "is_causal", "queries", "chunk_size", "keep_sink", "keep_recent", "norm"),
+    ("mode", "is_causal", "queries", "keep_sink", "keep_recent", "norm"),
     [
-        ("slash", True, 44, None, False, False, 1.0),
-        ("double", True, 28, None, True, False, 1.5),
-        ("triple", True, 44, 16, False, True, 1.0),
-        ("slash", False, 44, 16, True, True, 1.0),
-        ((2, 0, 3, 1), False, 28, None, False, True, 1.0),
-        ("inverse", True, 30, 24, False, False, 1.0),  # filled up, the last query block is not the last key block's
+        ("slash", True, 44, False, False, 1.0),
+        ("double", True, 28, True, False, 1.5),
+        ("triple", True, 44, False, True, 1.0),
+        ("slash", False, 44, True, True, 1.0),
+        ((2, 0, 3, 1), False, 28, False, True, 1.0),
     ],
 )
-def test_xattention_modes(mode, is_causal, queries, chunk_size, keep_sink, keep_recent, norm):
+def test_xattention_modes(mode, is_causal, queries, keep_sink, keep_recent, norm):
     query, key, value = draw()
     query = query[:, :queries]
     thresholds = (0.3, 0.5, 0.7, 0.0)
     flags = {"keep_sink": keep_sink, "keep_recent": keep_recent}
-    options = {"mode": mode, "is_causal": is_causal, "chunk_size": chunk_size, "norm": norm, **flags}
+    options = {"mode": mode, "is_causal": is_causal, "norm": norm, **flags}
     heads = [
         choose_xattention(np.float64(query[b, :, h]), np.float64(key[b, :, h // 2]), thresholds[h], **options)
         for b, h in np.ndindex(2, 4)
@@ -96,8 +92,8 @@ def test_xattention_modes(mode, is_causal, queries, chunk_size, keep_sink, keep_
 
     @jax.jit
     def run(query, key, value):
-        both = {"threshold": thresholds, "stride": STRIDE, "block_size": BLOCK, **options}
-        return xattention.select(query, key, **both).to_mask(), xattention.attention(query, key, value, **both)
+        system = XAttention(threshold=thresholds, stride=STRIDE, block_size=BLOCK, **options)
+        return system.select(query, key).to_mask(), system(query, key, value)
 
     mask, output = run(query, key, value)
     np.testing.assert_array_equal(np.asarray(mask)[decided], expected[decided])
@@ -107,17 +103,16 @@ def test_xattention_modes(mode, is_causal, queries, chunk_size, keep_sink, keep_
 
 
 def test_xattention_bad_options_are_named():
-    query, key, _ = draw()
-    for options in ({"mode": "random"}, {"mode": (0, 1, 2, 2)}, {"chunk_size": 12}, {"chunk_size": 0}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            xattention.select(query, key, stride=STRIDE, block_size=BLOCK, **options)
+    for mode in ("random", (0, 1, 2, 2)):
+        with pytest.raises(ValueError, match="mode"):
+            XAttention(stride=STRIDE, block_size=BLOCK, mode=mode)
 
 
 @pytest.mark.parametrize(("keep_first", "keep_diagonal"), [(False, True), (True, False), (False, False)])
 def test_prism_without_forced_blocks(keep_first, keep_diagonal):
     query, key, value = draw()
     sizes = {"high_size": 4, "low_size": 6, "high_threshold": 0.3, "low_threshold": 0.4, "block_size": BLOCK}
-    options = {**sizes, "temperatures": (0.7, 1.3), "keep_first": keep_first, "keep_diagonal": keep_diagonal}
+    system = Prism(**sizes, temperatures=(0.7, 1.3), keep_first=keep_first, keep_diagonal=keep_diagonal)
     blocks = -(-query.shape[1] // BLOCK)
     expected, decided = np.zeros((2, 4, blocks, blocks), bool), np.ones((2, 4, blocks), bool)
     for b, h in np.ndindex(2, 4):
@@ -134,10 +129,10 @@ def test_prism_without_forced_blocks(keep_first, keep_diagonal):
         expected[b, h] |= np.eye(blocks, dtype=bool) & keep_diagonal
     assert not expected[..., 0].all() or keep_first
     assert not expected.diagonal(axis1=2, axis2=3).all() or keep_diagonal
-    levels = jax.jit(functools.partial(prism.select, **options))(query, key)
+    levels = jax.jit(system.select)(query, key)
     near_ties.most(decided)
     np.testing.assert_array_equal(np.asarray(levels.to_mask())[decided], expected[decided])
-    output = jax.jit(functools.partial(prism.attention, **options))(query, key, value)
+    output = jax.jit(system)(query, key, value)
     seen = tokens_of(expected, query.shape[1], key.shape[1], is_causal=True)
     rows = decided.repeat(BLOCK, 2)[:, :, : query.shape[1]].swapaxes(1, 2)
     assert_close(output, oracle.attention(query, key, value, seen), "float32", rows=rows)
@@ -172,12 +167,14 @@ def test_pbs_pools_thresholds_and_the_first_block(pool, keep_first):
         if keep_first:
             expected[b, h, :, order.index(0) // BLOCK] = True
     options = {"block_size": BLOCK, "segment_size": segment, "pool": pool, "keep_first": keep_first}
-    levels, _ = jax.jit(functools.partial(pbs_attention.select, threshold=thresholds, **options))(query, key)
+    system = PBSAttention(threshold=thresholds, **options)
+    levels = jax.jit(system.select)(query, key)
     near_ties.most(decided)
     np.testing.assert_array_equal(np.asarray(levels.to_mask())[decided], expected[decided])
-    for bad in ({"pool": ("mean", "least")}, {"threshold": (0.1, 0.2)}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            pbs_attention.select(query, key, **(options | bad))
+    with pytest.raises(ValueError, match="pool"):
+        PBSAttention(pool=("mean", "least"))
+    with pytest.raises(ValueError, match="threshold"):
+        PBSAttention(**options, threshold=(0.1, 0.2)).select(query, key)
 
 
 def test_sla_without_critical_blocks_is_its_linear_part():

@@ -4,6 +4,7 @@ Numbers are multiples of 1/8, so that products of tokens and of means are exact.
 and the softmax.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,18 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import pbs_attention, prism, proxy_attention, xattention
+from sparse_attn.grammar.grid import Grid
+from sparse_attn.systems.pbs_attention import PBSAttention
+from sparse_attn.systems.prism import Prism
+from sparse_attn.systems.proxy_attention import ProxyAttention
+from sparse_attn.systems.xattention import XAttention
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
 BLOCK = 8
-OPTIONS = {
-    xattention: {"threshold": 0.6, "stride": 4, "block_size": BLOCK},
-    prism: {"high_size": 4, "low_size": 6, "high_threshold": 0.5, "low_threshold": 0.6, "block_size": BLOCK},
-    pbs_attention: {"threshold": 0.5, "block_size": BLOCK, "segment_size": 2 * BLOCK},
-    proxy_attention: {"num_proxies": 1, "stride": 2, "mass": 0.4, "min_tokens": 1, "block_size": BLOCK},
-}
-every_system = pytest.mark.parametrize("system", OPTIONS, ids=lambda system: system.__name__.rpartition(".")[2])
+XATTENTION = XAttention(threshold=0.6, stride=4, block_size=BLOCK)
+PBS = PBSAttention(threshold=0.5, block_size=BLOCK, segment_size=2 * BLOCK)
+SYSTEMS = (
+    XATTENTION,
+    Prism(high_size=4, low_size=6, high_threshold=0.5, low_threshold=0.6, block_size=BLOCK),
+    PBS,
+    ProxyAttention(num_proxies=1, stride=2, mass=0.4, min_tokens=1, block_size=BLOCK),
+)
+every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: type(system).__name__)
 
 
 @functools.cache
@@ -36,7 +43,7 @@ def draw(tokens=44, dtype=np.float32):
 
 @functools.cache
 def compiled(system):
-    return jax.jit(functools.partial(system.attention, **OPTIONS[system]))
+    return jax.jit(system)
 
 
 def softmax(logits, roundings=2):
@@ -66,12 +73,9 @@ def padded_mean(block):
     return np.concatenate([block, np.zeros((BLOCK - len(block), block.shape[1]))]).mean(0)
 
 
-def choose_xattention(query, key, threshold, stride, chunk_size=0, **_):
-    """Key blocks of every query block of one head, and whether no rounding changes them; arrays [tokens, head_dim].
-
-    Published rule in the first chunk.
-    """
-    tokens = len(query)
+def choose_xattention(query, key, system):
+    """Key blocks of every query block of one head, and whether no rounding changes them; arrays [tokens, head_dim]."""
+    tokens, stride = len(query), system.stride
     query, key = (np.pad(x, ((0, -tokens % BLOCK), (0, 0))) for x in (query, key))
     tiles = -(-tokens // stride)
     logits = np.full((tiles, tiles), -np.inf)
@@ -84,26 +88,18 @@ def choose_xattention(query, key, threshold, stride, chunk_size=0, **_):
         rows, blocks = slice(i * side, (i + 1) * side), [slice(j * side, (j + 1) * side) for j in range(i + 1)]
         mass, error = (np.array([x[rows, block].sum() for block in blocks]) for x in weights)
         error = error + side**2 * near_ties.UNIT * mass
-        if i < chunk_size // BLOCK:
-            kept = top_p(mass, threshold, [i])
-            others = sorted(set(range(i + 1)) - set(kept), key=lambda j: -mass[j])
-            chosen.append({0, *kept, *others[:1]})
-            is_kept = np.isin(range(i + 1), [*kept, *others[:1]])
-            is_second = near_ties.is_decided(np.where(np.isin(range(i + 1), kept), np.inf, mass), error, is_kept)
-            decided.append(is_prefix_decided(mass, error, kept, threshold, [i]) & is_second)
-        else:
-            chosen.append(top_p(mass, threshold, {0, i}))
-            decided.append(is_prefix_decided(mass, error, chosen[-1], threshold, {0, i}))
+        chosen.append(top_p(mass, system.threshold, {0, i}))
+        decided.append(is_prefix_decided(mass, error, chosen[-1], system.threshold, {0, i}))
     return chosen, decided
 
 
-def choose_prism(query, key, high_size, low_size, high_threshold, low_threshold, **_):
+def choose_prism(query, key, system):
     means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
     pairs = np.arange(4)
     chosen, decided = [{0, i} for i in range(len(means[0]))], np.ones(len(means[0]), bool)
     for size, kept, threshold in (
-        (high_size, pairs[: high_size // 2], high_threshold),
-        (low_size, pairs[4 - low_size // 2 :], low_threshold),
+        (system.high_size, pairs[: system.high_size // 2], system.high_threshold),
+        (system.low_size, pairs[4 - system.low_size // 2 :], system.low_threshold),
     ):
         features = np.concatenate([kept, kept + 4])
         rms = [np.sqrt((x[:, features] ** 2).mean()) / np.sqrt((x**2).mean()) for x in means]
@@ -116,7 +112,7 @@ def choose_prism(query, key, high_size, low_size, high_threshold, low_threshold,
     return chosen, decided
 
 
-def order_pbs(query, key, segment_size, **_):
+def order_pbs(query, key, segment_size):
     """The order of keys, and whether no rounding changes which keys make up a block."""
     whole = len(key) // segment_size * segment_size
     weights, error = (x.mean(0) for x in softmax(query[-BLOCK:] @ key[:whole].T * 8**-0.5))
@@ -130,7 +126,8 @@ def order_pbs(query, key, segment_size, **_):
     return order, decided
 
 
-def choose_pbs(query, key, threshold, segment_size, **options):
+def choose_pbs(query, key, system):
+    threshold, segment_size = system.threshold, system.segment_size
     order, is_ordered = order_pbs(query, key, segment_size)
     key = key[order]
     means = [np.stack([padded_mean(x[i : i + BLOCK]) for i in range(0, len(x), BLOCK)]) for x in (query, key)]
@@ -147,9 +144,9 @@ def choose_pbs(query, key, threshold, segment_size, **options):
     return chosen, decided
 
 
-def choose_proxy(query, key, proxy_query, proxy_key, stride, mass, min_tokens, **_):
-    tokens = len(query)
-    kept = np.arange(0, tokens, stride)
+def choose_proxy(query, key, proxy_query, proxy_key, system):
+    tokens, mass = len(query), system.mass
+    kept = np.arange(0, tokens, system.stride)
     causal = np.where(kept[None] <= kept[:, None], proxy_query[kept] @ proxy_key[kept].T * 8**-0.5, -np.inf)
     (weights, errors), blocks = softmax(causal), range(-(-tokens // BLOCK))
     last = np.arange(tokens)[-BLOCK:]
@@ -158,7 +155,7 @@ def choose_proxy(query, key, proxy_query, proxy_key, stride, mass, min_tokens, *
     kept_of_last = top_p(pooled, mass)
     error += 2 * BLOCK * near_ties.UNIT * pooled
     is_counted = is_prefix_decided(pooled, error, kept_of_last, mass)
-    budget = max(len(kept_of_last), -(-min_tokens // BLOCK))
+    budget = max(len(kept_of_last), -(-system.min_tokens // BLOCK))
     chosen, decided = [], []
     for i in blocks:
         pairs = [np.ix_(kept // BLOCK == i, kept // BLOCK == j) for j in range(i + 1)]
@@ -169,7 +166,7 @@ def choose_proxy(query, key, proxy_query, proxy_key, stride, mass, min_tokens, *
     return chosen, decided
 
 
-def expected_mask(system, query, key, options):
+def expected_mask(system, query, key):
     """The choice by loops.
 
     Returns:
@@ -186,15 +183,18 @@ def expected_mask(system, query, key, options):
     for b, h in np.ndindex(batch, heads):
         arrays = query[b, :, h], key[b, :, h // 2]
         order = np.arange(tokens)
-        if system is xattention:
-            chosen, decided[b, h] = choose_xattention(*arrays, **options)
-        elif system is prism:
-            chosen, decided[b, h] = choose_prism(*arrays, **options)
-        elif system is pbs_attention:
-            chosen, decided[b, h] = choose_pbs(*arrays, **options)
-            order = np.array(order_pbs(*arrays, **options)[0])
-        else:
-            chosen, decided[b, h] = choose_proxy(*arrays, query[b].mean(1), key[b].mean(1), **options)
+        match system:
+            case XAttention():
+                chosen, decided[b, h] = choose_xattention(*arrays, system)
+            case Prism():
+                chosen, decided[b, h] = choose_prism(*arrays, system)
+            case PBSAttention() if tokens > system.segment_size:
+                chosen, decided[b, h] = choose_pbs(*arrays, system)
+                order = np.array(order_pbs(*arrays, system.segment_size)[0])
+            case PBSAttention():  # a single segment is dense
+                chosen, decided[b, h] = [range(blocks)] * blocks, True
+            case ProxyAttention():
+                chosen, decided[b, h] = choose_proxy(*arrays, query[b].mean(1), key[b].mean(1), system)
         for i, js in enumerate(chosen):
             choice[b, h, i, list(js)] = True
         seen = choice[b, h].repeat(BLOCK, 0).repeat(BLOCK, 1)[:tokens, :tokens]
@@ -202,19 +202,17 @@ def expected_mask(system, query, key, options):
     return choice, mask & np.tri(tokens, dtype=bool), near_ties.most(decided)
 
 
-def queries_of(decided):
+def queries_of(decided, tokens=44):
     """Rows of blocks as queries, bool [batch, tokens, heads]."""
-    return decided.repeat(BLOCK, 2)[:, :, :44].swapaxes(1, 2)
+    return decided.repeat(BLOCK, 2)[:, :, :tokens].swapaxes(1, 2)
 
 
 @every_system
 def test_choice_and_output_equal_loops(system):
     query, key, value = draw()
-    options = OPTIONS[system]
-    choice, mask, decided = expected_mask(system, query, key, options)
+    choice, mask, decided = expected_mask(system, query, key)
     assert 0.2 < choice[:, :, -1].mean() < 0.95, "a choice worth testing"
-    levels = jax.jit(functools.partial(system.select, **options))(query, key)
-    levels = levels[0] if system is pbs_attention else levels
+    levels = jax.jit(system.select)(query, key)
     np.testing.assert_array_equal(levels.to_mask()[decided], choice[decided])
     output = compiled(system)(query, key, value)
     assert_close(output, oracle.attention(query, key, value, mask), "float32", queries_of(decided))
@@ -227,7 +225,7 @@ def test_rows_of_a_batch_are_alone_and_types_stay(system):
     other_mate = compiled(system)(*(np.stack([array[1] * 3, array[1]]) for array in (query, key, value)))
     assert_close(both[1], other_mate[1], "float32")
     arrays = (jnp.asarray(array, jnp.bfloat16) for array in (query, key, value))
-    assert jax.eval_shape(functools.partial(system.attention, **OPTIONS[system]), *arrays).dtype == jnp.bfloat16
+    assert jax.eval_shape(system, *arrays).dtype == jnp.bfloat16
 
 
 CHANGES = ({"block_size": 0}, {"stride": 3}, {"segment_size": 12}, {"high_size": 3})
@@ -235,48 +233,52 @@ CHANGES = ({"block_size": 0}, {"stride": 3}, {"segment_size": 12}, {"high_size":
 
 @pytest.mark.parametrize(
     ("system", "change"),
-    [(system, change) for system in OPTIONS for change in CHANGES if change.keys() <= OPTIONS[system].keys()],
+    [(system, change) for system in SYSTEMS for change in CHANGES if hasattr(system, *change)],
 )
 def test_bad_arguments_are_named(system, change):
     (name,) = change
     with pytest.raises(ValueError, match=name):
-        system.attention(*draw(), **OPTIONS[system] | change)
+        dataclasses.replace(system, **change)
 
 
 @pytest.mark.parametrize("tokens", [5, 16])
 def test_pbs_is_dense_up_to_one_segment(tokens):
     arrays = [array[:, :tokens] for array in draw()]
-    output = compiled(pbs_attention)(*arrays)
+    output = compiled(PBS)(*arrays)
     mask = np.broadcast_to(np.tri(tokens, dtype=bool), (2, 4, tokens, tokens))
     assert_close(output, oracle.attention(*arrays, mask), "float32")
 
 
 def test_queries_at_the_end_of_longer_keys():
     query, key, value = draw()
-    whole = compiled(xattention)(query, key, value)
-    tail = compiled(xattention)(query[:, 24:], key, value)
-    *_, decided = expected_mask(xattention, query, key, OPTIONS[xattention])
+    whole = compiled(XATTENTION)(query, key, value)
+    tail = compiled(XATTENTION)(query[:, 24:], key, value)
+    *_, decided = expected_mask(XATTENTION, query, key)
     assert_close(tail, whole[:, 24:], "float32", queries_of(decided)[:, 24:])
     with pytest.raises(ValueError, match="whole blocks"):
-        xattention.attention(query[:, 23:], key, value, **OPTIONS[xattention])
+        XATTENTION(query[:, 23:], key, value)
 
 
-def test_xattention_published_choice_in_the_first_chunk():
-    query, key, _ = draw()
-    options = OPTIONS[xattention] | {"threshold": 0.4, "chunk_size": 3 * BLOCK}
-    choice, _, decided = expected_mask(xattention, query, key, options)
-    described, *_ = expected_mask(xattention, query, key, options | {"chunk_size": 0})
-    assert (choice != described)[decided].any()
-    levels = jax.jit(functools.partial(xattention.select, **options))(query, key)
-    np.testing.assert_array_equal(levels.to_mask()[decided], choice[decided])
+def test_packed_and_padded_rows_are_sequences_of_their_own():
+    arrays = [array[:1] for array in draw()]
+    ids = (np.arange(44)[None] % 3 == 0).astype(int)
+    output = jax.jit(functools.partial(PBS, segment_ids=ids, seq_lengths=np.array([41])))(*arrays)
+    for segment in (0, 1):  # of 27 and 14 tokens, of which the latter are dense
+        places = np.flatnonzero(ids[0, :41] == segment)
+        query, key, value = (array[:, places] for array in arrays)
+        _, mask, decided = expected_mask(PBS, query, key)
+        expected = oracle.attention(query, key, value, mask)
+        assert_close(output[:, places], expected, "float32", queries_of(decided, len(places)))
+    np.testing.assert_array_equal(output[0, 41:], 0)
 
 
 def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
     query, key, _ = draw()
     thresholds = (0.1, 0.3, 0.6, 0.9)
-    options = {"stride": 4, "block_size": BLOCK, "is_causal": False}
-    levels = jax.jit(functools.partial(xattention.select, threshold=thresholds, **options))(query, key)
-    mass = jax.jit(functools.partial(xattention.score_blocks, scale=8**-0.5, **options))(query, key)
+    system = XAttention(threshold=thresholds, stride=4, block_size=BLOCK, is_causal=False)
+    grid = Grid.of(query, key, BLOCK, is_causal=False)
+    levels = jax.jit(system.select)(query, key)
+    mass = jax.jit(functools.partial(system.scores, grid=grid))(query, key)
     mass, decided = np.asarray(mass, np.float64), np.zeros(mass.shape[:3], bool)
     for b, h, i in np.ndindex(decided.shape):
         expected = top_p(mass[b, h, i], thresholds[h])
@@ -285,4 +287,4 @@ def test_xattention_takes_a_threshold_for_each_head_and_looks_both_ways():
             np.testing.assert_array_equal(np.flatnonzero(levels.levels[b, h, i]), sorted(expected))
     near_ties.most(decided)
     with pytest.raises(ValueError, match="threshold"):
-        xattention.select(query, key, threshold=(0.1, 0.2), **options)
+        dataclasses.replace(system, threshold=(0.1, 0.2)).select(query, key)

@@ -1,5 +1,6 @@
 """SALE against loops in float64: integers, relative scores, forced tiles, calibration, output."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import sale
+from sparse_attn.systems.sale import SALE, quantise
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
 TOKENS, BQ, BK, WINDOW = 64, 12, 5, 17  # a power of two, so that means are exact; blocks of both kinds end short
-OPTIONS = {"query_block_size": BQ, "key_block_size": BK, "local_window": WINDOW, "dense_length": 32}
+SYSTEM = SALE(query_block_size=BQ, key_block_size=BK, local_window=WINDOW, dense_length=32, scale=0.4)
 CAUSAL = np.tril(np.ones((TOKENS, TOKENS), bool))
 
 
@@ -67,9 +68,7 @@ def tokens_of(levels):
     return np.asarray(levels.to_mask()).repeat(BQ, 2).repeat(BK, 3)[:, :, :TOKENS, :TOKENS] & CAUSAL
 
 
-@jax.jit
-def select(query, key, threshold):
-    return sale.select(query, key, **OPTIONS, threshold=threshold, scale=0.4)
+attend = jax.jit(SYSTEM)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,20 +78,19 @@ def test_output_equals_a_dense_softmax_over_the_choice_of_loops(dtype, strict_ra
     mask, decided = choose(query, key, threshold, 0.4)
     shares = mask.mean((0, 2, 3)) / CAUSAL.mean()
     assert shares[2] < shares[0] < shares[1] < shares[3] == 1
-    attend = jax.jit(functools.partial(sale.attention, **OPTIONS, threshold=threshold, scale=0.4))
-    output = attend(query, key, value)
+    output = attend(query, key, value, threshold)
     assert output.dtype == dtype
     rows = decided.swapaxes(1, 2)
     assert_close(output, oracle.attention(query, key, value, mask, scale=0.4), dtype, rows)
     for array in (query, key, value):
         array[0] = np.nan
-    np.testing.assert_array_equal(attend(query, key, value)[1], output[1])
+    np.testing.assert_array_equal(attend(query, key, value, threshold)[1], output[1])
 
 
 def test_choice_equals_loops_and_no_threshold_is_dense_and_the_highest_leaves_the_forced_tiles(strict_ranks):
     query, key, _ = draw()
     threshold = np.array([0.5, 0.2, 0.0, np.inf], np.float32)
-    chosen = tokens_of(select(query, key, threshold))
+    chosen = tokens_of(jax.jit(SYSTEM.select)(query, key, threshold))
     expected, decided = choose(query, key, threshold, 0.4)
     np.testing.assert_array_equal(chosen[decided], expected[decided])
     np.testing.assert_array_equal(chosen[:, 2], [CAUSAL, CAUSAL])
@@ -104,14 +102,14 @@ def test_choice_equals_loops_and_no_threshold_is_dense_and_the_highest_leaves_th
 def test_short_prompts_are_dense():
     query, key, _ = draw()
     for dense_length in (TOKENS, TOKENS - 1):
-        options = {**OPTIONS, "dense_length": dense_length, "threshold": np.inf}
-        chosen = tokens_of(jax.jit(functools.partial(sale.select, **options))(query, key))
+        system = dataclasses.replace(SYSTEM, dense_length=dense_length, threshold=np.inf)
+        chosen = tokens_of(jax.jit(system.select)(query, key))
         assert (chosen == CAUSAL).all() == (dense_length == TOKENS)
 
 
 def test_integers_reach_seven_and_a_token_of_zeros_stays_zero():
     array = np.array([[0.5, -1.0, 0.25], [0, 0, 0], [1e-30, 0, -1e-30], [2, -2, 3]], np.float32)
-    numbers, step = jax.jit(sale.quantise)(array)
+    numbers, step = jax.jit(quantise)(array)
     np.testing.assert_array_equal(numbers, [[4, -7, 2], [0, 0, 0], [7, 0, -7], [5, -5, 7]])
     assert numbers.dtype == jnp.int8
     assert_close(step, [1 / 7, 0, 1e-30 / 7, 3 / 7], "float32")
@@ -121,7 +119,6 @@ def test_calibration_equals_halving_by_loops():
     error = 2.2e-5  # with peaked logits nearly all tiles stay, and errors are small
     query, key, value = draw(seed=1)
     everything = np.broadcast_to(CAUSAL, (2, 4, TOKENS, TOKENS))
-    options = {**OPTIONS, "scale": 8.0}
     exact, expected = oracle.attention(query, key, value, everything, scale=8.0), np.full(4, 0.008)
     # Logits are exact. Two outputs err by the roundings of exp and of sums, above and below, of the weights that count.
     logits = np.einsum("bthd,bshd->bhts", 8.0 * query.astype(np.float64), key.repeat(2, 2))
@@ -139,21 +136,30 @@ def test_calibration_equals_halving_by_loops():
         expected = np.where(is_bad, expected / 2, expected)
         expected = np.where(expected <= 1e-4, 0, expected)
     assert len(set(expected)) == 3
-    actual = jax.jit(functools.partial(sale.calibrate, **options, error=error))(query, key, value)
+    calibrate = dataclasses.replace(SYSTEM, scale=8.0).calibrate
+    actual = jax.jit(functools.partial(calibrate, error=error))(query, key, value)
     assert_close(actual, expected, "float32")
+
+
+def test_a_padded_row_is_a_sequence_of_its_own(strict_ranks):
+    arrays = *draw(), np.array([0.5, 0.2, 3.0, 1e-9], np.float32)
+    output = jax.jit(functools.partial(SYSTEM, seq_lengths=np.array([0, TOKENS])))(*arrays)
+    assert_close(output[1], attend(*arrays)[1], "float32")
+    np.testing.assert_array_equal(output[0], 0)
 
 
 def test_bad_arguments_are_named():
     query, key, value = draw()
     for options, name in (
         ({"threshold": -0.1}, "threshold must be"),
-        ({"threshold": np.zeros(3, np.float32)}, "threshold must be"),
         ({"local_window": 11}, "local_window must"),
         ({"dense_length": -1}, "dense_length"),
         ({"query_block_size": 0}, "query_block_size"),
         ({"key_block_size": 0}, "key_block_size"),
     ):
         with pytest.raises(ValueError, match=name):
-            sale.attention(query, key, value, **{**OPTIONS, **options})
+            dataclasses.replace(SYSTEM, **options)
+    with pytest.raises(ValueError, match="thresholds must be"):
+        SYSTEM(query, key, value, np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="as many tokens"):
-        sale.attention(query[:, 1:], key, value)
+        SYSTEM(query[:, 1:], key, value)
