@@ -9,21 +9,17 @@ video without one: two leagues, each with an oracle that knows the true mass of 
 
 import dataclasses
 import functools
-import inspect
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import make_visibility
 from tqdm import tqdm
 
 from experiments.config import to_dict
@@ -34,71 +30,80 @@ from experiments.studies.snr import attention_inputs
 from experiments.studies.variants import dense, keep_to, share_cores, train_variants, write_study
 from experiments.train import load_run
 from sparse_attn.grammar import choose, score
-from sparse_attn.selection import LevelMap
-from sparse_attn.systems import (
-    adaspa,
-    bsfa,
-    infllm_v2,
-    moba,
-    pbs_attention,
-    pisa,
-    prism,
-    proxy_attention,
-    psa,
-    rectified,
-    sale,
-    sla,
-    vmoba,
-    xattention,
-)
-from sparse_attn.systems.recipe import Recipe
+from sparse_attn.grammar.attend import attend_levels
+from sparse_attn.layout import whole_rows
+from sparse_attn.selection import BlockSelection, LevelMap
+from sparse_attn.systems.adaspa import AdaSpa
+from sparse_attn.systems.bsfa import BSFA
+from sparse_attn.systems.infllm_v2 import InfLLMv2
+from sparse_attn.systems.moba import MoBA
+from sparse_attn.systems.pbs_attention import PBSAttention
+from sparse_attn.systems.pisa import PISA
+from sparse_attn.systems.prism import Prism
+from sparse_attn.systems.proxy_attention import ProxyAttention
+from sparse_attn.systems.psa import PSA
+from sparse_attn.systems.rectified import RectifiedSpaAttn
+from sparse_attn.systems.sale import SALE
+from sparse_attn.systems.sla import SLA
+from sparse_attn.systems.system import System
+from sparse_attn.systems.vmoba import VMoBA
+from sparse_attn.systems.xattention import XAttention
 
 _STEPS = 5  # of the bisection over a setting
 
 
-class Oracle:
-    """For every query block the key blocks of largest true attention mass: what choosing per tile can reach at best."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oracle(System):
+    """For every query block the key blocks of largest true attention mass: what choosing per tile can reach at best.
 
-    RECIPE = Recipe(
-        name="oracle",
-        paper="",
-        blocks="",
-        describe="none",
-        score="exact mass",
-        choose="per query block and head: top-k, the diagonal forced if causal",
-    )
+    Attributes:
+      top_k: blocks that a query block attends; causal, the diagonal is one of them.
+      block_size: tokens in a block.
+      is_causal: whether a query sees only keys up to its own position.
+    """
 
-    @staticmethod
-    def select(query: jax.Array, key: jax.Array, *, top_k: int, block_size: int, is_causal: bool) -> LevelMap:
-        """LevelMap of the top_k blocks of largest mass."""
-        visibility = make_visibility(query, key, is_causal=is_causal)
+    top_k: int
+    block_size: int
+    is_causal: bool
+
+    def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
+        block_size, scale = self.block_size, self.factor(query)
+        blocks = whole_rows(query, key, block_size=block_size, is_causal=self.is_causal)
         everything = jnp.ones((query.shape[0], query.shape[2], *(-(-x.shape[1] // block_size) for x in (query, key))))
         full = LevelMap(everything.astype(jnp.int8), block_size, block_size)
-        scale = query.shape[-1] ** -0.5
-        log_sum_exp = attend_tiles(query, key, key, full, visibility, scale=scale).log_sum_exp()
+        log_sum_exp = attend_levels(query, key, key, full, blocks, scale=scale).log_sum_exp()
         sizes = {"query_block_size": block_size, "key_block_size": block_size}
-        mass = score.exact_blocks(query, key, visibility, **sizes, scale=scale, log_sum_exp=log_sum_exp)
-        if is_causal:
+        mass = score.exact_blocks(query, key, blocks, **sizes, scale=scale, log_sum_exp=log_sum_exp)
+        if self.is_causal:
             mass += jnp.eye(mass.shape[-2], mass.shape[-1]) * block_size
-        return LevelMap(
-            choose.top_k(jnp.where(mass > 0, mass, -jnp.inf), top_k).astype(jnp.int8), block_size, block_size
-        )
+        chosen = choose.top_k(jnp.where(mass > 0, mass, -jnp.inf), self.top_k)
+        return LevelMap(chosen.astype(jnp.int8), block_size, block_size)
 
-    @staticmethod
-    def attention(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
-        """Exact attention over `select`."""
-        visibility = make_visibility(query, key, is_causal=options["is_causal"])
-        levels = Oracle.select(query, key, **options)
-        return attend_tiles(query, key, value, levels, visibility, scale=query.shape[-1] ** -0.5).output()
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A system at one setting, with the arrays that it takes besides query, key and value."""
+
+    system: Any
+    of_choice: tuple[Any, ...] = ()  # after key in `select`
+    of_call: tuple[Any, ...] = ()  # after value in the call
+
+    def select(self, query: jax.Array, key: jax.Array) -> LevelMap | BlockSelection:
+        """The choice."""
+        return self.system.select(query, key, *self.of_choice)
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """The output."""
+        return self.system(query, key, value, *self.of_call)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A system with one dial: `options(setting, query, key)` are its keywords; density grows from `low` to `high`."""
+    """A system with one dial: bind(setting, query, key) is the system at a setting; density grows from low to high."""
 
-    system: ModuleType | type[Oracle]
+    name: str
     is_causal: bool
-    options: Callable[[float, jax.Array, jax.Array], dict[str, Any]]
+    bind: Callable[[float, jax.Array, jax.Array], Bound]
     low: float = 0.0
     high: float = 1.0
 
@@ -111,57 +116,58 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
     """
     size, blocks = config.block_size, -(-config.sequence_length // config.block_size)
     both: dict[str, Any] = {"query_block_size": size, "key_block_size": size}
-    one = {"block_size": size}
+    one: dict[str, Any] = {"block_size": size}
 
     def count(x: float) -> int:
         return max(1, round(x))
 
-    def tune_bsfa(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
-        return {**both, "thresholds": bsfa.calibrate(query, key, top_k=count(x), **both)}
+    def plain(make: Callable[[float], Any]) -> Callable[[float, jax.Array, jax.Array], Bound]:
+        return lambda x, query, key: Bound(make(x))
 
-    def split_bands(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
-        thresholds = {"high_threshold": x, "low_threshold": x}
-        return {**one, **thresholds, "high_size": query.shape[3] // 2, "low_size": 3 * query.shape[3] // 4}
+    def prism(x: float, query: jax.Array, key: jax.Array) -> Bound:
+        sizes = {"high_size": query.shape[3] // 2, "low_size": 3 * query.shape[3] // 4}
+        return Bound(Prism(**one, **sizes, high_threshold=x, low_threshold=x))
 
-    def draw_samples(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
-        bounds = tuple(min(1.0, x + more) for more in (0.0, 0.1, 0.2, 0.4))
-        return {**both, "bounds": bounds, "offsets": psa.draw_offsets(jax.random.key(0), query, key, **both)}
+    def bsfa(x: float, query: jax.Array, key: jax.Array) -> Bound:
+        thresholds = BSFA(**both).calibrate(query, key, top_k=count(x))
+        return Bound(BSFA(**both), (thresholds,), (thresholds,))
 
-    def switch_off(x: float, query: jax.Array, key: jax.Array) -> dict[str, Any]:
+    def psa(x: float, query: jax.Array, key: jax.Array) -> Bound:
+        first, second, third, fourth = (min(1.0, x + more) for more in (0.0, 0.1, 0.2, 0.4))
+        system = PSA(**both, bounds=(first, second, third, fourth))
+        offsets = system.draw_offsets(jax.random.key(0), query, key)
+        return Bound(system, (offsets,), (offsets,))
+
+    def sla(x: float, query: jax.Array, key: jax.Array) -> Bound:
         head_dim = query.shape[3]
-        return {**both, "density": x, "projection": jnp.zeros((head_dim, head_dim)), "bias": jnp.zeros(head_dim)}
+        return Bound(SLA(**both, density=x), (), (jnp.zeros((head_dim, head_dim)), jnp.zeros(head_dim)))
 
-    pools = {
+    pools: dict[str, Any] = {
         "pool_size": size // 2,
         "pool_stride": size // 4,
         "initial_blocks": 1,
         "local_blocks": 0,
         "dense_length": 1,
     }
-    sale_sizes = {**both, "local_window": size, "dense_length": 1}
-    line = {"grid_shape": (config.sequence_length, 1, 1), "box_shape": (size,)}
-    causal: list[tuple[Any, ...]] = [
-        (moba, lambda x, q, k: {**one, "top_k": count(x)}, 1, blocks),
-        (infllm_v2, lambda x, q, k: {**one, **pools, "top_k": count(x)}, 1, blocks),
-        (xattention, lambda x, q, k: {**one, "stride": size // 4, "threshold": x}, 0, 1),
-        (prism, split_bands, 0, 1),
-        (pbs_attention, lambda x, q, k: {**one, "segment_size": 2 * size, "threshold": x}, 0, 1),
-        (proxy_attention, lambda x, q, k: {**one, "min_tokens": 1, "mass": x}, 0, 1),
-        (bsfa, tune_bsfa, 1, blocks),
-        (sale, lambda x, q, k: {**sale_sizes, "threshold": 10 ** (2 - 8 * x)}, 0, 1),
-        (Oracle, lambda x, q, k: {**one, "is_causal": True, "top_k": count(x)}, 1, blocks),
-    ]
-    bidirectional: list[tuple[Any, ...]] = [
-        (vmoba, lambda x, q, k: {**line, "threshold": x}, 0, 1),
-        (psa, draw_samples, 0, 1),
-        (pisa, lambda x, q, k: {**one, "density": x}, 0, 1),
-        (sla, switch_off, 0, 1),
-        (adaspa, lambda x, q, k: {**one, "sparsity": 1 - x}, 0, 1),
-        (rectified, lambda x, q, k: {**one, "top_k": 1, "threshold": x}, 0, 1),
-        (Oracle, lambda x, q, k: {**one, "is_causal": False, "top_k": count(x)}, 1, blocks),
-    ]
-    return [Contestant(system, True, *rest) for system, *rest in causal] + [
-        Contestant(system, False, *rest) for system, *rest in bidirectional
+    sale_sizes: dict[str, Any] = {**both, "local_window": size, "dense_length": 1}
+    line: dict[str, Any] = {"grid_shape": (config.sequence_length, 1, 1), "box_shape": (size,)}
+    return [
+        Contestant("MoBA", True, plain(lambda x: MoBA(**one, top_k=count(x))), 1, blocks),
+        Contestant("InfLLM-v2", True, plain(lambda x: InfLLMv2(**one, **pools, top_k=count(x))), 1, blocks),
+        Contestant("XAttention", True, plain(lambda x: XAttention(**one, stride=size // 4, threshold=x))),
+        Contestant("Prism", True, prism),
+        Contestant("PBS-Attn", True, plain(lambda x: PBSAttention(**one, segment_size=2 * size, threshold=x))),
+        Contestant("ProxyAttn", True, plain(lambda x: ProxyAttention(**one, min_tokens=1, mass=x))),
+        Contestant("BSFA", True, bsfa, 1, blocks),
+        Contestant("SALE", True, plain(lambda x: SALE(**sale_sizes, threshold=10 ** (2 - 8 * x)))),
+        Contestant("oracle", True, plain(lambda x: Oracle(**one, is_causal=True, top_k=count(x))), 1, blocks),
+        Contestant("VMoBA", False, plain(lambda x: VMoBA(**line, threshold=x))),
+        Contestant("PSA", False, psa),
+        Contestant("PISA", False, plain(lambda x: PISA(**one, density=x))),
+        Contestant("SLA", False, sla),
+        Contestant("AdaSpa", False, plain(lambda x: AdaSpa(**one, sparsity=1 - x))),
+        Contestant("Rectified SpaAttn", False, plain(lambda x: RectifiedSpaAttn(**one, top_k=1, threshold=x))),
+        Contestant("oracle", False, plain(lambda x: Oracle(**one, is_causal=False, top_k=count(x))), 1, blocks),
     ]
 
 
@@ -204,7 +210,7 @@ def run(preset: Preset, out: Path) -> dict[str, Any]:
         )
         top_k = max(1, round(config.density * config.sequence_length / config.block_size / 2))  # half the table is past
         query, key, _ = load_arrays(runs[-1][1], out, config)
-        selection = moba.select(query, key, block_size=config.block_size, top_k=top_k)
+        selection = MoBA(block_size=config.block_size, top_k=top_k).select(query, key)
         drawn = {"indices": selection.indices[:1].tolist(), "block_size": config.block_size}
         return {
             "setting": words,
@@ -223,8 +229,8 @@ def _compare(
     arrays = load_arrays(run_dir, out, config)
     rows = []
     for contestant in tqdm(contestants(config), desc=f"comparison, {model}", unit="system"):
-        setting = find_setting(contestant, *arrays, config.density)
-        about = {"model": model, "system": contestant.system.RECIPE.name, "is_causal": contestant.is_causal}
+        setting = find_setting(contestant, *arrays[:2], config.density)
+        about = {"model": model, "system": contestant.name, "is_causal": contestant.is_causal}
         rows.append({**about, "setting": setting, **measure_system(contestant, setting, *arrays, config.repeats)})
     return rows
 
@@ -237,13 +243,13 @@ def load_arrays(run_dir: Path, out: Path, config: ComparisonConfig) -> tuple[jax
     return attention_inputs(model, jnp.asarray(tokens))[-1]
 
 
-def find_setting(contestant: Contestant, query: jax.Array, key: jax.Array, value: jax.Array, density: float) -> float:
+def find_setting(contestant: Contestant, query: jax.Array, key: jax.Array, density: float) -> float:
     """The setting whose density is nearest to the one asked for, by bisection. Arrays as in `measure_system`."""
     low, high = contestant.low, contestant.high
     tried: list[tuple[float, float]] = []
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        found = exact_mask(contestant, middle, query, key, value)
+        found = exact_mask(contestant, middle, query, key)
         actual = found.sum() / visible_mask(query, key, contestant.is_causal).sum() / np.prod(found.shape[:2])
         tried.append((abs(actual - density), middle))
         low, high = (middle, high) if actual < density else (low, middle)
@@ -256,20 +262,17 @@ def visible_mask(query: jax.Array, key: jax.Array, is_causal: bool) -> np.ndarra
     return np.tril(everything, key.shape[1] - query.shape[1]) if is_causal else everything
 
 
-def exact_mask(
-    contestant: Contestant, setting: float, query: jax.Array, key: jax.Array, value: jax.Array
-) -> np.ndarray:
+def exact_mask(contestant: Contestant, setting: float, query: jax.Array, key: jax.Array) -> np.ndarray:
     """The pairs of tokens that a system attends exactly: bool `[batch, heads, queries, keys]`."""
-    choice = _call(contestant.system.select, contestant.options(setting, query, key), query, key, value)
-    choice, order = choice if isinstance(choice, tuple) else (choice, None)  # PBS-Attn gives the order of keys too
+    choice = contestant.bind(setting, query, key).select(query, key)
     mask = np.asarray(choice.to_mask())
     if isinstance(choice, LevelMap):
         mask = mask.repeat(choice.query_block_size, 2).repeat(choice.key_block_size, 3)
     else:
         mask = mask.repeat(choice.block_size, 3)
     mask = mask[:, :, : query.shape[1], : key.shape[1]]
-    if order is not None:
-        mask = np.take_along_axis(mask, np.argsort(order, axis=-1)[:, :, None], axis=3)
+    if isinstance(choice, LevelMap) and choice.key_order is not None:
+        mask = np.take_along_axis(mask, np.argsort(choice.key_order, axis=-1)[:, :, None], axis=3)
     return mask & visible_mask(query, key, contestant.is_causal)
 
 
@@ -292,9 +295,8 @@ def measure_system(
       error: norm of (output - dense output) over the norm of dense output.
       select_ms, total_ms: median time of the choice alone and of the call.
     """
-    system, options = contestant.system, contestant.options(setting, query, key)
-    attend = jax.jit(lambda query, key, value: system.attention(query, key, value, **options))
-    select = jax.jit(lambda *arrays: _call(system.select, options, *arrays))
+    system = contestant.bind(setting, query, key)
+    attend, select = jax.jit(lambda *arrays: system(*arrays)), jax.jit(lambda *arrays: system.select(*arrays[:2]))
     visible = visible_mask(query, key, contestant.is_causal)
     group = query.shape[2] // key.shape[2]
     logits = np.einsum("bthd,bshd->bhts", query, np.repeat(key, group, 2), dtype=np.float64) * query.shape[3] ** -0.5
@@ -302,7 +304,7 @@ def measure_system(
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, np.repeat(value, group, 2))
-    mask = exact_mask(contestant, setting, query, key, value)
+    mask = exact_mask(contestant, setting, query, key)
     output = np.asarray(attend(query, key, value))
 
     def median_ms(function: Callable[..., Any]) -> float:
@@ -322,9 +324,3 @@ def measure_system(
         "total_ms": median_ms(attend),
     }
 
-
-def _call(select: Callable[..., Any], options: dict[str, Any], *arrays: jax.Array) -> Any:
-    """A system's choice, by those of its options that concern the choice; some look at the values too."""
-    parameters = inspect.signature(select).parameters
-    options = {name: option for name, option in options.items() if name in parameters}
-    return select(*arrays[: 3 if "value" in parameters else 2], **options)
