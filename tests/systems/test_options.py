@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import pbs_attention, prism, psa, sla, xattention
+from sparse_attn.systems import pbs_attention, prism, psa, xattention
+from sparse_attn.systems.sla import SLA
 from tests import near_ties, oracle
 from tests.cases import assert_close
 from tests.systems import test_psa
@@ -182,8 +183,8 @@ def test_pbs_pools_thresholds_and_the_first_block(pool, keep_first):
 
 def test_sla_without_critical_blocks_is_its_linear_part():
     query, key, value, projection, bias, _ = draw_sla()
-    options = {"density": 0.09, "linear_keys": "marginal"}  # of ten blocks none
-    output = jax.jit(functools.partial(sla.attention, **SIZES, **options))(query, key, value, projection, bias)
+    sla = SLA(**SIZES, density=0.09, linear_keys="marginal")  # of ten blocks none are critical
+    output = jax.jit(sla)(query, key, value, projection, bias)
     features = [softmax(x.astype(np.float64))[0] for x in (query, key.repeat(2, 2))]
     weight = np.einsum("bthd,bshd->bhts", *features)
     linear = np.einsum("bhts,bshd->bthd", weight / weight.sum(-1, keepdims=True), value.repeat(2, 2).astype(np.float64))
