@@ -1,5 +1,6 @@
 """Options that the authors' codes have beyond their defaults, by loops in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import pbs_attention, prism, psa, xattention
+from sparse_attn.systems import pbs_attention, prism, xattention
+from sparse_attn.systems.psa import PSA
 from sparse_attn.systems.sla import SLA
 from tests import near_ties, oracle
 from tests.cases import assert_close
 from tests.systems import test_psa
+from tests.systems.check_psa import Published
 from tests.systems.test_prefill import BLOCK, draw, is_prefix_decided, order_pbs, padded_mean, softmax, top_p
 from tests.systems.test_sla import SIZES
 from tests.systems.test_sla import draw as draw_sla
@@ -195,7 +198,7 @@ def test_psa_tile_size_and_least_exact_share():
     query, key, _, offsets = test_psa.draw()
     scores = test_psa.expect_scores(query, key, offsets, 16**-0.5)
     options = {"rule": "energy", "bounds": (0.0, 0.4, 0.6, 0.7), "tile_size": 16, "least_exact_share": 0.3}
-    levels = jax.jit(functools.partial(psa.select, **test_psa.SIZES, **options))(query, key, offsets)
+    levels = jax.jit(PSA(**test_psa.SIZES, **options).select)(query, key, offsets)
     size = scores.shape[-1]
     error = 2 * (size + 2 + near_ties.EXP) * near_ties.UNIT  # of two sums of quotients of exp, as a share
     decided, wanted = np.ones(scores.shape[:3], bool), np.zeros(scores.shape, int)
@@ -219,21 +222,16 @@ def test_psa_tile_size_and_least_exact_share():
         wanted[place] = expected
     near_ties.most(decided)
     np.testing.assert_array_equal(np.asarray(levels.levels)[decided], wanted[decided])
-    with pytest.raises(ValueError, match="tile_size"):
-        psa.select(query, key, offsets, **test_psa.SIZES, tile_size=128)
 
 
 def test_psa_older_kernel_reads_no_strays():
     arrays = test_psa.draw(tokens=200, heads=2)
-    levels = psa.select(*arrays[:2], arrays[3], **test_psa.SIZES, **(bounds := {"bounds": (0.0, 0.0, 0.0, 1.0)}))
+    newer_kernel = Published(**test_psa.SIZES, bounds=(0.0, 0.0, 0.0, 1.0))
+    levels = newer_kernel.select(*arrays[:2], arrays[3])
     assert ((np.asarray(levels.levels) == 8).sum(-1) >= 2).any()
 
-    @jax.jit
-    def run(query, key, value, offsets):
-        attend = functools.partial(psa.attention, **test_psa.SIZES, **bounds, as_published=True)
-        return [attend(query, key, value, offsets, is_older_kernel=is_older) for is_older in (True, False)]
-
-    older, newer = run(*arrays)
+    older_kernel = dataclasses.replace(newer_kernel, is_older_kernel=True)
+    older, newer = jax.jit(lambda *arrays: (older_kernel(*arrays), newer_kernel(*arrays)))(*arrays)
     assert_close(older, test_psa.expect_attention(*arrays[:3], np.asarray(levels.levels), filled_to=256), "float32")
     assert np.abs(newer - older).max() > 1e-3
 
