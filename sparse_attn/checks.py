@@ -52,6 +52,18 @@ def check_not_negative(name: str, number: int) -> None:
         raise ValueError(f"{name} must be an int of at least 0, got {name}={number!r}")
 
 
+def check_share(name: str, number: float) -> None:
+    """A share: a number from 0 to 1."""
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {name}={number!r}")
+
+
+def check_one_of(name: str, given: Any, known: tuple[Any, ...]) -> None:
+    """A mode: one of those that are known."""
+    if given not in known:
+        raise ValueError(f"{name} must be one of {known}, got {name}={given!r}")
+
+
 class Sequences(NamedTuple):
     """The sequence arguments of a call, as far as they are given; arrays once `check_sequences` has seen them."""
 

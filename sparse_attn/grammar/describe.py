@@ -1,7 +1,5 @@
 """Describe: what a block of tokens is known by."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
@@ -36,11 +34,6 @@ def block_spread(array: jax.Array, block_size: int) -> jax.Array:
     """Mean absolute difference of a block's tokens from their mean; arguments and result as in `block_mean`."""
     mean = block_mean(array, block_size).repeat(block_size, axis=1)[:, : array.shape[1]]
     return block_mean(jnp.abs(array - mean), block_size)
-
-
-def fill_blocks(array: jax.Array, block_size: int, mode: Literal["constant", "edge"] = "edge") -> jax.Array:
-    """`[batch, tokens, heads, head_dim]` up to a whole block with zeros ("constant") or copies of the last token."""
-    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % block_size), (0, 0), (0, 0)), mode=mode)
 
 
 def draw_places(random_key: jax.Array, array: jax.Array, block_size: int, samples: int) -> jax.Array:

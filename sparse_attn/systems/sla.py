@@ -1,47 +1,18 @@
-"""SLA: exact attention to the best key blocks plus linear attention, joined by a learned projection.
+"""SLA: exact attention to the best key blocks plus linear attention, joined by a learned projection."""
 
-Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention (arXiv 2509.24006). Not
-causal; a pretrained model is tuned with it. Query blocks score key blocks by the dot product of their means, the keys
-centred. A share of the key blocks (`density`) is critical: softmax attention o_s. Linear attention
-o_l = phi(q) H / (phi(q) z), H = sum phi(k)^T v, z = sum phi(k)^T, has a normaliser of its own; the output is
-o_s + o_l projection + bias. Both parameters start at zero: then the output is o_s.
-
-Defaults: blocks of 64, density 0.2 (the authors' readme), phi the softmax over features.
-
-Where code and paper disagree. In the paper the critical blocks are 5 % of a row, the last 10 % are negligible and
-dropped, and o_l runs over the marginal blocks in between. No branch of the code (thu-ml/SLA) drops any: in SLA-1 (at
-325cc75) o_l runs over all blocks that are not critical, in main (at d973e55) over all keys, with 1e-5 added to
-phi(q) z. Main is the default; linear_keys="marginal" gives SLA-1, and with density=0.05 and negligible=0.1 the paper,
-whose rounding of shares is not stated: downwards, as the code rounds density. The paper ranks by the softmax of
-q k / sqrt(d) of plain means, the code by q k of centred ones, which is the same order. As in the
-code int(density blocks) are critical, which may be none: then o_s is zero (theirs divides by zero).
-"""
-
+import dataclasses
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from sparse_attn.checks import check_attention, check_positive, check_self_attention
+from sparse_attn.checks import check_one_of, check_positive, check_share
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.describe import block_mean, split_blocks
 from sparse_attn.selection import LevelMap
 from sparse_attn.sharding import splits_over_mesh
-from sparse_attn.systems.recipe import Recipe
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import make_visibility
-
-RECIPE = Recipe(
-    name="SLA",
-    paper="2509.24006",
-    blocks="64 / 64",
-    describe="mean query; mean centred key",
-    score="dot",
-    choose="per query block and head: top-k share",
-    rest="linear attention over all keys (paper: over the middle of the ranking, its end dropped)",
-    merge="sum, the linear part after a learned projection",
-    is_trainable=True,
-)
+from sparse_attn.systems.system import System, by_sequence
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 LinearKeys = Literal["all", "marginal"]
@@ -55,37 +26,12 @@ def score_blocks(query: jax.Array, key: jax.Array, *, query_block_size: int, key
     return score.dot(block_mean(query, query_block_size), block_mean(centred, key_block_size))
 
 
-@splits_over_mesh("bh")
-def select(
-    query: jax.Array,
-    key: jax.Array,
-    *,
-    density: float = 0.2,
-    negligible: float = 0.0,
-    query_block_size: int = 64,
-    key_block_size: int = 64,
-) -> LevelMap:
-    """The class of every pair of blocks: 1 critical, 2 marginal, 0 negligible. Args: those of `attention`."""
-    check_self_attention(query, key)
-    check_positive("query_block_size", query_block_size)
-    check_positive("key_block_size", key_block_size)
-    for name, share in (("density", density), ("negligible", negligible)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {name}={share!r}")
-    query, key = jax.lax.stop_gradient((query, key))
-    scores = score_blocks(query, key, query_block_size=query_block_size, key_block_size=key_block_size)
-    num_blocks, place = scores.shape[-1], choose.rank(scores)
-    levels = jnp.where(place < num_blocks - int(negligible * num_blocks), 2, 0)
-    levels = jnp.where(place < int(density * num_blocks), 1, levels)
-    return LevelMap(levels.astype(jnp.int8), query_block_size, key_block_size)
-
-
 def linear_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap | None, *, feature_map: FeatureMap
 ) -> jax.Array:
     """o_l over the blocks of level 2, or over all keys for None: float32 `[batch, tokens, heads, head_dim]`.
 
-    Zero for a query whose features meet none of a key. Args: those of `attention`.
+    Zero for a query whose features have nothing in common with those of any key. Args: those of `SLA`.
     """
     batch, num_tokens, kv_heads, _ = key.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -110,53 +56,108 @@ def linear_attention(
     return jnp.where(mass > 0, joint[..., :-1] / jnp.where(mass > 0, mass, 1), 0).reshape(query.shape)
 
 
-@splits_over_mesh(projection="", bias="")
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    projection: jax.Array,
-    bias: jax.Array,
-    *,
-    density: float = 0.2,
-    negligible: float = 0.0,
-    linear_keys: LinearKeys = "all",
-    feature_map: FeatureMap = "softmax",
-    query_block_size: int = 64,
-    key_block_size: int = 64,
-    scale: float | None = None,
-) -> jax.Array:
-    """o_s + o_l projection + bias: softmax attention to the critical blocks and projected linear attention.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLA(System):
+    """SLA: exact attention to the best key blocks plus linear attention, joined by a learned projection.
 
-    Args:
-      query: `[batch, tokens, heads, head_dim]`, floating point.
-      key: `[batch, tokens, kv_heads, head_dim]`, of query's dtype; heads is a multiple of kv_heads.
-      value: shaped like key.
-      projection: `[head_dim, head_dim]`, from o_l to the output, for all heads.
-      bias: `[head_dim]`.
-      density: share of the key blocks that is critical, between 0 and 1, rounded down; o_s is zero if that is none.
-      negligible: share, from the end of the ranking, that the linear part leaves out; for linear_keys="marginal".
+    Paper: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention (arXiv 2509.24006).
+    Bidirectional; a pretrained model is fine-tuned with it. Query blocks score key blocks by the dot product of their
+    means, with the keys centred. A share of the key blocks is critical and gets softmax attention o_s. Linear attention
+    o_l = phi(q) H / (phi(q) z), with H = sum phi(k)^T v and z = sum phi(k)^T, has a normaliser of its own; the output
+    is o_s + o_l projection + bias. Both parameters start at zero, where the output is o_s.
+
+    The defaults are those of the authors' readme.
+
+    Where code and paper disagree: in the paper the critical blocks are 5 % of a row, the last 10 % are negligible and
+    dropped, and o_l runs over the marginal blocks in between. No branch of the code (thu-ml/SLA) drops any: in SLA-1
+    (at 325cc75) o_l runs over all blocks that are not critical, in main (at d973e55) over all keys, with 1e-5 added to
+    phi(q) z. Main is the default; linear_keys="marginal" gives SLA-1, and with density=0.05 and negligible=0.1 the
+    paper. The paper does not say how shares are rounded; they are rounded down, as the code rounds density. The paper
+    ranks by the softmax of q k / sqrt(d) of plain means, the code by q k of centred ones, which is the same order. As
+    in the code the critical blocks may be none: o_s is then zero (the code divides by zero).
+
+    Attributes:
+      density: share of the key blocks that is critical, between 0 and 1, rounded down.
+      negligible: share at the end of the ranking that the linear part leaves out; needs linear_keys="marginal".
       linear_keys: keys of the linear part, "all" or those of the "marginal" blocks.
       feature_map: phi: "softmax" over features, "elu" (plus 1) or "relu".
-      query_block_size, key_block_size: tokens in a block; the last may be shorter.
-      scale: factor of the logits of o_s. None: 1 / sqrt(head_dim).
-
-    Returns:
-      Array of query's shape and dtype. A ValueError names a wrong argument.
+      query_block_size: tokens in a block of queries; the last may be shorter.
+      key_block_size: tokens in a block of keys; the last may be shorter.
     """
-    scale = check_attention(query, key, value, scale)
-    for name, array, shape in (("projection", projection, query.shape[-1:] * 2), ("bias", bias, query.shape[-1:])):
-        if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {name}.shape={array.shape}")
-    for name, given, known in (("linear_keys", linear_keys, LinearKeys), ("feature_map", feature_map, FeatureMap)):
-        if given not in get_args(known):
-            raise ValueError(f"{name} must be one of {get_args(known)}, got {name}={given!r}")
-    if negligible and linear_keys == "all":
-        raise ValueError(f"negligible must be 0 with linear_keys='all', which leaves none out, got {negligible=}")
-    sizes = {"query_block_size": query_block_size, "key_block_size": key_block_size}
-    levels = select(query, key, density=density, negligible=negligible, **sizes)
-    exact = attend_tiles(query, key, value, levels, make_visibility(query, key, is_causal=False), scale=scale)
-    linear_levels = levels if linear_keys == "marginal" else None
-    linear = linear_attention(query, key, value, linear_levels, feature_map=feature_map)
-    projected = jnp.einsum("bthd,de->bthe", linear, projection.astype(linear.dtype), precision="highest")
-    return (exact.output() + projected + bias.astype(linear.dtype)[None, None, None]).astype(query.dtype)
+
+    density: float = 0.2
+    negligible: float = 0.0
+    linear_keys: LinearKeys = "all"
+    feature_map: FeatureMap = "softmax"
+    query_block_size: int = 64
+    key_block_size: int = 64
+
+    paper = "2509.24006"
+    is_causal = False
+    is_trainable = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("density", self.density)
+        check_share("negligible", self.negligible)
+        check_one_of("linear_keys", self.linear_keys, get_args(LinearKeys))
+        check_one_of("feature_map", self.feature_map, get_args(FeatureMap))
+        check_positive("query_block_size", self.query_block_size)
+        check_positive("key_block_size", self.key_block_size)
+        if self.negligible and self.linear_keys == "all":
+            negligible = self.negligible
+            raise ValueError(f"negligible must be 0 with linear_keys='all', which leaves none out, got {negligible=}")
+
+    def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
+        """The class of every pair of blocks: 1 critical, 2 marginal, 0 negligible."""
+        sizes = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
+        scores = score_blocks(query, key, **sizes)
+        num_blocks, place = scores.shape[-1], choose.rank(scores)
+        levels = jnp.where(place < num_blocks - int(self.negligible * num_blocks), 2, 0)
+        levels = jnp.where(place < int(self.density * num_blocks), 1, levels)
+        return LevelMap(levels.astype(jnp.int8), **sizes)
+
+    def __call__(  # type: ignore[override]
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        projection: jax.Array,
+        bias: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+    ) -> jax.Array:
+        """o_s + o_l projection + bias: softmax attention to the critical blocks and projected linear attention.
+
+        Args:
+          query, key, value, segment_ids, seq_lengths: as in `System`.
+          projection: `[head_dim, head_dim]`, from o_l to the output, for all heads.
+          bias: `[head_dim]`.
+
+        Returns:
+          Array of query's shape and dtype.
+
+        Raises:
+          ValueError: an argument has a wrong shape, dtype or value.
+        """
+
+        def call(_: slice, *arrays: jax.Array) -> jax.Array:
+            return self._call(*arrays, projection, bias)
+
+        return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
+
+    @splits_over_mesh(projection="", bias="")
+    def _call(  # type: ignore[override]
+        self, query: jax.Array, key: jax.Array, value: jax.Array, projection: jax.Array, bias: jax.Array
+    ) -> jax.Array:
+        query, key, value = self._checked(query, key, value)
+        for name, array, shape in (("projection", projection, query.shape[-1:] * 2), ("bias", bias, query.shape[-1:])):
+            if array.shape != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {name}.shape={array.shape}")
+        levels = self._select(*jax.lax.stop_gradient((query, key)))
+        exact = self._attend(query, key, value, levels).output()
+        linear_levels = levels if self.linear_keys == "marginal" else None
+        linear = linear_attention(query, key, value, linear_levels, feature_map=self.feature_map)
+        projected = jnp.einsum("bthd,de->bthe", linear, projection.astype(linear.dtype), precision="highest")
+        return (exact + projected + bias.astype(linear.dtype)[None, None, None]).astype(query.dtype)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.blocks import Arrays
 from sparse_attn.attend.backends import Implementation
 from sparse_attn.attend.partial import Partial
 from sparse_attn.checks import check_arrays, check_attention, check_integers, check_scale, check_self_attention
@@ -107,17 +108,20 @@ class System:
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        if segment_ids is None and seq_lengths is None:
-            return self._call(query, key, value)
         return by_sequence(lambda _, *arrays: self._call(*arrays), (query, key, value), segment_ids, seq_lengths)
 
     @splits_over_mesh(whole=lambda self: self.whole)
     def _call(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, key, value = self._checked(query, key, value)
+        levels = self._select(*jax.lax.stop_gradient((query, key)))
+        return self._attend(query, key, value, levels).output().astype(query.dtype)
+
+    def _checked(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Arrays:
+        """The arrays of a call, checked."""
         query, key, value = map(jnp.asarray, (query, key, value))
         check_attention(query, key, value, self.scale)
         self.check(query, key)
-        levels = self._select(*jax.lax.stop_gradient((query, key)))
-        return self._attend(query, key, value, levels).output().astype(query.dtype)
+        return query, key, value
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         """`select` of checked arrays."""
@@ -137,6 +141,7 @@ def by_sequence(
     seq_lengths: ArrayLike | None,
 ) -> jax.Array:
     """call(row, *arrays) of every sequence in packed or padded rows by itself, put back in place; zeros for padding.
+    Without segment_ids and seq_lengths one call of all rows.
 
     Rows that are neither packed nor padded go through one call together, with row `slice(None)`.
 

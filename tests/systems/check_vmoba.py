@@ -3,6 +3,7 @@
 The authors pack a batch into one sequence and let its rows share budgets; the files of several rows hold that.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -10,10 +11,19 @@ import numpy as np
 
 from sparse_attn.grammar import order, score
 from sparse_attn.grammar.describe import block_mean
-from sparse_attn.systems import vmoba
+from sparse_attn.systems.vmoba import VMoBA
 
 SCOPES = {"query_head": "query", "block": "block", "overall": "all", "head_global": "head"}
 assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed(VMoBA):
+    """With the authors' error: the scopes "head" and "all" run over all rows of the batch."""
+
+    @property
+    def _pairs(self):
+        return ("b" if self.scope in ("head", "all") else "") + super()._pairs
 
 
 def check(arrays):
@@ -56,14 +66,13 @@ def check(arrays):
     for name in [name for name in arrays if name.startswith("mask_")]:
         _, rule, scope = name.split("_", 2)
         options = {**shapes, **budgets[rule], "scope": SCOPES[scope]}
-        select = jax.jit(functools.partial(vmoba.select, **options, is_batch_packed=True))
+        select = jax.jit(Packed(**options).select)
         np.testing.assert_array_equal(as_published(select(query, key)), arrays[name], err_msg=name)
         if batch > 1:  # by default a row chooses as if it were alone
-            levels = jax.jit(functools.partial(vmoba.select, **options))(query, key).levels
+            levels = jax.jit(VMoBA(**options).select)(query, key).levels
             for row in range(batch):
                 np.testing.assert_array_equal(levels[row], select(query[row, None], key[row, None]).levels[0])
         if f"out_{rule}_{scope}" in arrays:
             if not arrays[name].any():  # then theirs attends everything
                 options["top_k"] = num_blocks
-            attend = jax.jit(functools.partial(vmoba.attention, **options, is_batch_packed=True))
-            assert_close(attend(query, key, value), arrays[f"out_{rule}_{scope}"])
+            assert_close(jax.jit(Packed(**options))(query, key, value), arrays[f"out_{rule}_{scope}"])

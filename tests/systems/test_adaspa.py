@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import adaspa
+from sparse_attn.systems.adaspa import AdaSpa
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
@@ -99,9 +99,9 @@ def queries_of(decided):
 @functools.partial(jax.jit, static_argnames=("sparsity", "text_length"))
 def run(query, key, value, sparsity=0.7, text_length=0):
     """A step that searches, and its output."""
-    options = {"sparsity": sparsity, "text_length": text_length, "block_size": SIZE, "scale": SCALE}
-    state = adaspa.search(query, key, **options)
-    return state, adaspa.attention(query, key, value, state, scale=SCALE)
+    adaspa = AdaSpa(sparsity=sparsity, text_length=text_length, block_size=SIZE, scale=SCALE)
+    state = adaspa.search(query, key)
+    return state, adaspa(query, key, value, state)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_later_steps_reuse_the_choice_and_the_log_sum_exp():
     query, key, value = draw(MIXED)
     state, _ = run(query, key, value)
     later = [array + 0.3 * other for array, other in zip((query, key, value), draw(MIXED, seed=1), strict=True)]
-    output = jax.jit(functools.partial(adaspa.attention, scale=SCALE))(*later, state)
+    adaspa = AdaSpa(sparsity=0.7, block_size=SIZE, scale=SCALE)
+    output = jax.jit(adaspa)(*later, state)
     mask = tokens_of(np.asarray(state.levels.to_mask()))
     assert_close(output, oracle.attention(*later, mask, scale=SCALE), "float32")
 
-    select = jax.jit(functools.partial(adaspa.select, sparsity=0.7, block_size=SIZE, scale=SCALE))
     cached, _, decided = choose(*later[:2], log_sum_exp_of(query, key), 3)
-    chosen = select(*later[:2], state.log_sum_exp).to_mask()
+    chosen = jax.jit(adaspa.select)(*later[:2], state.log_sum_exp).to_mask()
     np.testing.assert_array_equal(chosen[decided], cached[decided])
     fresh, *_ = choose(*later[:2], log_sum_exp_of(*later[:2]), 3)
     assert (cached != fresh)[decided].any()
@@ -148,7 +148,7 @@ def test_later_steps_reuse_the_choice_and_the_log_sum_exp():
 
 def test_dtype_rows_and_attention_that_searches_itself():
     query, key, value = draw(MIXED, jnp.bfloat16)
-    attend = jax.jit(functools.partial(adaspa.attention, sparsity=0.7, block_size=SIZE, scale=SCALE))
+    attend = jax.jit(AdaSpa(sparsity=0.7, block_size=SIZE, scale=SCALE))
     output = attend(query, key, value)
     assert output.dtype == jnp.bfloat16
     chosen, _, decided = choose(query, key, log_sum_exp_of(query, key), 3)
@@ -168,8 +168,11 @@ def test_bad_arguments_are_named():
         ({"block_size": 0}, "block_size"),
     ):
         with pytest.raises(ValueError, match=name):
-            adaspa.attention(query, key, value, **options)
+            AdaSpa(**options)
+    adaspa = AdaSpa()
     with pytest.raises(ValueError, match="log_sum_exp must have"):
         adaspa.search(query, key, np.zeros((2, TOKENS, 3), np.float32))
     with pytest.raises(ValueError, match="as many tokens"):
         adaspa.search(query[:, 1:], key)
+    with pytest.raises(ValueError, match="state must be None"):
+        adaspa(query, key, value, jax.eval_shape(adaspa.search, query, key), seq_lengths=[5, 6])

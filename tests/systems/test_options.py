@@ -1,5 +1,6 @@
 """Options that the authors' codes have beyond their defaults, by loops in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,13 +8,15 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import psa, sla
 from sparse_attn.systems.pbs_attention import PBSAttention
 from sparse_attn.systems.prism import Prism
+from sparse_attn.systems.psa import PSA
+from sparse_attn.systems.sla import SLA
 from sparse_attn.systems.xattention import XAttention
 from tests import near_ties, oracle
 from tests.cases import assert_close
 from tests.systems import test_psa
+from tests.systems.check_psa import Published
 from tests.systems.test_prefill import BLOCK, draw, is_prefix_decided, order_pbs, padded_mean, softmax, top_p
 from tests.systems.test_sla import SIZES
 from tests.systems.test_sla import draw as draw_sla
@@ -179,8 +182,8 @@ def test_pbs_pools_thresholds_and_the_first_block(pool, keep_first):
 
 def test_sla_without_critical_blocks_is_its_linear_part():
     query, key, value, projection, bias, _ = draw_sla()
-    options = {"density": 0.09, "linear_keys": "marginal"}  # of ten blocks none
-    output = jax.jit(functools.partial(sla.attention, **SIZES, **options))(query, key, value, projection, bias)
+    sla = SLA(**SIZES, density=0.09, linear_keys="marginal")  # of ten blocks none are critical
+    output = jax.jit(sla)(query, key, value, projection, bias)
     features = [softmax(x.astype(np.float64))[0] for x in (query, key.repeat(2, 2))]
     weight = np.einsum("bthd,bshd->bhts", *features)
     linear = np.einsum("bhts,bshd->bthd", weight / weight.sum(-1, keepdims=True), value.repeat(2, 2).astype(np.float64))
@@ -191,7 +194,7 @@ def test_psa_tile_size_and_least_exact_share():
     query, key, _, offsets = test_psa.draw()
     scores = test_psa.expect_scores(query, key, offsets, 16**-0.5)
     options = {"rule": "energy", "bounds": (0.0, 0.4, 0.6, 0.7), "tile_size": 16, "least_exact_share": 0.3}
-    levels = jax.jit(functools.partial(psa.select, **test_psa.SIZES, **options))(query, key, offsets)
+    levels = jax.jit(PSA(**test_psa.SIZES, **options).select)(query, key, offsets)
     size = scores.shape[-1]
     error = 2 * (size + 2 + near_ties.EXP) * near_ties.UNIT  # of two sums of quotients of exp, as a share
     decided, wanted = np.ones(scores.shape[:3], bool), np.zeros(scores.shape, int)
@@ -215,21 +218,16 @@ def test_psa_tile_size_and_least_exact_share():
         wanted[place] = expected
     near_ties.most(decided)
     np.testing.assert_array_equal(np.asarray(levels.levels)[decided], wanted[decided])
-    with pytest.raises(ValueError, match="tile_size"):
-        psa.select(query, key, offsets, **test_psa.SIZES, tile_size=128)
 
 
 def test_psa_older_kernel_reads_no_strays():
     arrays = test_psa.draw(tokens=200, heads=2)
-    levels = psa.select(*arrays[:2], arrays[3], **test_psa.SIZES, **(bounds := {"bounds": (0.0, 0.0, 0.0, 1.0)}))
+    newer_kernel = Published(**test_psa.SIZES, bounds=(0.0, 0.0, 0.0, 1.0))
+    levels = newer_kernel.select(*arrays[:2], arrays[3])
     assert ((np.asarray(levels.levels) == 8).sum(-1) >= 2).any()
 
-    @jax.jit
-    def run(query, key, value, offsets):
-        attend = functools.partial(psa.attention, **test_psa.SIZES, **bounds, as_published=True)
-        return [attend(query, key, value, offsets, is_older_kernel=is_older) for is_older in (True, False)]
-
-    older, newer = run(*arrays)
+    older_kernel = dataclasses.replace(newer_kernel, is_older_kernel=True)
+    older, newer = jax.jit(lambda *arrays: (older_kernel(*arrays), newer_kernel(*arrays)))(*arrays)
     assert_close(older, test_psa.expect_attention(*arrays[:3], np.asarray(levels.levels), filled_to=256), "float32")
     assert np.abs(newer - older).max() > 1e-3
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import pisa
+from sparse_attn.systems.pisa import PISA
 from tests import near_ties
 from tests.cases import assert_close
+from tests.systems.check_pisa import Published
 
 
 def draw(tokens=76, heads=4, kv_heads=2, dtype=np.float32, seed=0):
@@ -72,13 +73,8 @@ def expect(query, key, value, *, top_k, block_size, use_moment_norm, scale, grou
 @functools.cache
 def compiled(**options):
     """Levels and output."""
-
-    @jax.jit
-    def call(query, key, value):
-        levels = pisa.select(query, key, value, **options)
-        return levels.levels, pisa.attention(query, key, value, **options)
-
-    return call
+    pisa = PISA(**options)
+    return jax.jit(lambda query, key, value: (pisa.select(query, key).levels, pisa(query, key, value)))
 
 
 def test_equals_loops_in_both_dtypes_and_row_by_row(strict_ranks):
@@ -99,36 +95,36 @@ def test_equals_loops_in_both_dtypes_and_row_by_row(strict_ranks):
 def test_choice_by_the_norm_of_moments_equals_loops(strict_ranks):
     query, key, value = draw()
     options = {"block_size": 8, "use_moment_norm": True, "scale": 0.9}
-    select = jax.jit(functools.partial(pisa.select, density=0.39, **options))
+    pisa = PISA(density=0.39, **options)
     levels, _, decided = expect(query, key, value, top_k=3, **options)
     decided = near_ties.most(decided)
-    np.testing.assert_array_equal(select(query, key, value).levels[decided], levels[decided])
+    np.testing.assert_array_equal(jax.jit(pisa.select)(query, key, value).levels[decided], levels[decided])
     assert (levels != expect(query, key, value, top_k=3, **{**options, "use_moment_norm": False})[0]).any()
+    with pytest.raises(ValueError, match="value must be given"):
+        pisa.select(query, key)
 
 
 def test_published_mass_of_the_tail():
     query, key, value = draw(tokens=60, heads=2)
     options = {"block_size": 8, "scale": 3.0}
     _, output, _ = expect(query, key, value, top_k=1, group_size=3, use_moment_norm=False, **options)
-    attention = jax.jit(functools.partial(pisa.attention, density=0.0, tail_group_size=3, **options))
-    assert_close(attention(query, key, value), output, "float32")
+    published = jax.jit(Published(density=0.0, group_size=3, **options))
+    assert_close(published(query, key, value), output, "float32")
     _, corrected, _ = expect(query, key, value, top_k=1, use_moment_norm=False, **options)
     assert np.abs(corrected - output).max() > 1e-2
 
 
 def test_everything_exact_is_dense_attention():
     query, key, value = draw(tokens=16)
-    attention = jax.jit(functools.partial(pisa.attention, density=1.0, block_size=8, tail_group_size=2))
-    assert_close(attention(query, key, value), jax.nn.dot_product_attention(query, key, value), "float32")
+    expected = jax.nn.dot_product_attention(query, key, value)
+    assert_close(jax.jit(PISA(density=1.0, block_size=8))(query, key, value), expected, "float32")
 
 
 def test_bad_arguments_are_named():
     query, key, value = draw()
     with pytest.raises(ValueError, match="density must be"):
-        pisa.attention(query, key, value, density=1.5)
+        PISA(density=1.5)
     with pytest.raises(ValueError, match="block_size"):
-        pisa.attention(query, key, value, block_size=0)
+        PISA(block_size=0)
     with pytest.raises(ValueError, match="key must have"):
-        pisa.attention(query, key[:, 1:], value[:, 1:])
-    with pytest.raises(ValueError, match="tail_group_size"):
-        pisa.attention(query, key, value, tail_group_size=0)
+        PISA()(query, key[:, 1:], value[:, 1:])

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import psa
+from sparse_attn.systems.psa import PSA
 from tests import near_ties, oracle
 from tests.cases import assert_close
+from tests.systems.check_psa import Published
 
 SIZES = {"query_block_size": 16, "key_block_size": 64}
 BOUNDS = (0.3, 0.5, 0.75, 0.9)
@@ -28,7 +29,7 @@ def draw(tokens=563, heads=4, kv_heads=2, dtype=np.float32, seed=0):
     key = share[:, start] * centre[:, start] + (1 - share[:, start]) * key
     arrays = query, key[:, :, :kv_heads], value[:, :, :kv_heads]
     query, key, value = (near_ties.eighths(array).astype(dtype) for array in arrays)
-    return query, key, value, psa.draw_offsets(jax.random.key(seed), query, key, **SIZES)
+    return query, key, value, PSA(**SIZES).draw_offsets(jax.random.key(seed), query, key)
 
 
 def expect_scores(query, key, offsets, scale):
@@ -141,15 +142,11 @@ def expect_attention(query, key, value, levels, d_output=None, filled_to=None):
     return output, d_query[..., :-1], back(d_key[..., :-1]), back(d_value)
 
 
-def compiled(**options):
+def compiled(psa):
     """Levels and output."""
-
-    @jax.jit
-    def call(query, key, value, offsets):
-        levels = psa.select(query, key, offsets, **SIZES, **options)
-        return levels.levels, psa.attention(query, key, value, offsets, **SIZES, **options)
-
-    return call
+    return jax.jit(
+        lambda query, key, value, offsets: (psa.select(query, key, offsets).levels, psa(query, key, value, offsets))
+    )
 
 
 @pytest.mark.parametrize("bounds", [(0.12, 0.3, 0.5, 0.6), (0.3, 0.5, 0.5, 0.95)])
@@ -157,7 +154,7 @@ def test_levels_by_rank_equal_loops(bounds, strict_ranks):
     """Bands of 8 keys to a mean are rounded up to whole tiles, or down at the end of the row."""
     query, key, _, offsets = draw()
     expected, _ = expect_levels(query, key, offsets, "rank", bounds)
-    levels = jax.jit(functools.partial(psa.select, **SIZES, bounds=bounds))(query, key, offsets)
+    levels = jax.jit(PSA(**SIZES, bounds=bounds).select)(query, key, offsets)
     np.testing.assert_array_equal(levels.levels, expected)
 
 
@@ -168,12 +165,12 @@ def test_attention_and_gradients_equal_float64(strict_ranks):
     d_output = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32)
     d_output = np.where(rows[..., None], d_output, 0)
     thresholds = (0.2, 0.45, 0.7)
-    options = {**SIZES, "rule": "energy", "bounds": BOUNDS, "similarity_thresholds": thresholds, "text_length": 70}
+    psa = PSA(**SIZES, rule="energy", bounds=BOUNDS, similarity_thresholds=thresholds, text_length=70)
 
     @jax.jit
     def call(query, key, value, d_output):
-        levels = psa.select(query, key, offsets, **options)
-        output, pullback = jax.vjp(lambda *x: psa.attention(*x, offsets, **options), query, key, value)
+        levels = psa.select(query, key, offsets)
+        output, pullback = jax.vjp(lambda *x: psa(*x, offsets), query, key, value)
         return levels.levels, output, *pullback(d_output)
 
     levels, *results = call(query, key, value, d_output)
@@ -191,7 +188,7 @@ def test_attention_and_gradients_equal_float64(strict_ranks):
 
 def test_published_copies_of_the_last_token_count():
     query, key, value, offsets = draw(tokens=200, heads=2)
-    levels, output = compiled(bounds=(0.25, 0.45, 1.0, 1.0), as_published=True)(query, key, value, offsets)
+    levels, output = compiled(Published(**SIZES, bounds=(0.25, 0.45, 1.0, 1.0)))(query, key, value, offsets)
     assert (np.asarray(levels)[..., -1] > 1).any()
     expected = expect_attention(query, key, value, np.asarray(levels), filled_to=256)
     assert_close(output, expected, "float32")
@@ -199,7 +196,7 @@ def test_published_copies_of_the_last_token_count():
 
 def test_dtype_and_rows():
     query, key, value, offsets = draw(tokens=200, dtype=jnp.bfloat16)
-    attend = compiled(bounds=(0.25, 0.5, 0.75, 0.75))
+    attend = compiled(PSA(**SIZES, bounds=(0.25, 0.5, 0.75, 0.75)))
     levels, output = attend(query, key, value, offsets)
     assert output.dtype == jnp.bfloat16
     expected = expect_attention(query, key, value, np.asarray(levels))
@@ -218,8 +215,22 @@ def test_places_are_drawn_once_each():
         assert (np.diff(ordered) > 0).all()
         assert ordered.min() >= 0
         assert ordered.max() < size
-    other = psa.draw_offsets(jax.random.key(1), query, key, **SIZES)
+    other = PSA(**SIZES).draw_offsets(jax.random.key(1), query, key)
     assert (np.asarray(other[1]) != np.asarray(offsets[1])).any()
+
+
+def test_packed_and_padded_rows_equal_each_sequence_alone():
+    query, key, value, _ = draw(tokens=64)
+    psa = PSA(query_block_size=8, key_block_size=32, bounds=(0.5, 0.5, 1.0, 1.0))
+    offsets = psa.draw_offsets(jax.random.key(0), query, key)
+    segment_ids = np.array([[0] * 64, [3, 1] * 32])
+    packed = functools.partial(psa, segment_ids=segment_ids, seq_lengths=[32, 64])
+    output, attend = jax.jit(packed)(query, key, value, offsets), jax.jit(psa)
+    for row, places in ((0, slice(0, 32)), (1, slice(0, None, 2)), (1, slice(1, None, 2))):
+        arrays = [array[row : row + 1, places] for array in (query, key, value)]
+        alone = attend(*arrays, tuple(side[row : row + 1] for side in offsets))
+        assert_close(output[row, places], alone[0], "float32")
+    np.testing.assert_array_equal(output[0, 32:], 0)
 
 
 def test_bad_arguments_are_named():
@@ -229,8 +240,10 @@ def test_bad_arguments_are_named():
         ({"rule": "best"}, "rule must be"),
         ({"query_block_size": 3}, "query_block_size must be"),
         ({"key_block_size": 36}, "key_block_size must be"),
+        ({"tile_size": 128}, "tile_size"),
         ({"text_length": -1}, "text_length must be"),
-        ({"key_block_size": 128}, "offsets must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            psa.attention(query, key, value, offsets, **{**SIZES, **options})
+            PSA(**{**SIZES, **options})
+    with pytest.raises(ValueError, match="offsets must be"):
+        PSA(query_block_size=16, key_block_size=128)(query, key, value, offsets)

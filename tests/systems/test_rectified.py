@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import order
-from sparse_attn.systems import rectified
+from sparse_attn.systems.rectified import RectifiedSpaAttn
 from tests import near_ties, oracle
 from tests.cases import assert_close
+from tests.systems.check_rectified import Published
 
 GRID, VIDEO = (3, 5, 4), 60  # eight blocks of 8 tokens, the last of 4
 FORCED = order.neighbouring_blocks(GRID, order.space_filling_curve(GRID), 8) & (np.arange(8) % 3 == 0)
@@ -74,14 +75,14 @@ def expect(query, key, value, text, forced=None, scale=8**-0.5):
 
 
 @functools.cache
-def compiled(text, forced=False):
-    options = {**OPTIONS, "text_length": text}
+def compiled(text, is_forced=False):
+    """Levels and output."""
+    rectified = RectifiedSpaAttn(**OPTIONS, text_length=text)
+    forced = FORCED if is_forced else None
 
     @jax.jit
     def call(query, key, value):
-        pairs = {"forced": FORCED} if forced else {}
-        levels = rectified.select(query, key, **options, **pairs)
-        return levels.levels, rectified.attention(query, key, value, **options, **pairs)
+        return rectified.select(query, key, forced).levels, rectified(query, key, value, forced=forced)
 
     return call
 
@@ -113,24 +114,27 @@ def test_equals_loops_in_both_dtypes_and_row_by_row(strict_ranks):
 def test_published_means_count_zeros_behind_a_short_block():
     """Its keys and queries then weigh as a whole block of smaller means."""
     query, key, _ = draw(text=0)
-    shared = {"block_size": 8, "text_length": 0, "scale": 0.4}
+    shared = {"block_size": 8, "scale": 0.4}
     filled = [np.pad(array, ((0, 0), (0, 4), (0, 0), (0, 0))) for array in (query, key)]
-    weigh = functools.partial(jax.jit(rectified.weigh, static_argnames=(*shared, "as_published")), **shared)
-    expected, expected_gain = weigh(*filled, as_published=False)
-    probability, gain = weigh(query, key, as_published=True)
+    weigh = jax.jit(RectifiedSpaAttn(**shared).weigh)
+    expected, expected_gain = weigh(*filled)
+    probability, gain = jax.jit(Published(**shared).weigh)(query, key)
     assert_close(probability, expected, "float32")
     np.testing.assert_array_equal(gain, expected_gain)
-    assert np.abs(probability - weigh(query, key, as_published=False)[0]).max() > 1e-3
+    assert np.abs(probability - weigh(query, key)[0]).max() > 1e-3
 
 
 def test_bad_arguments_are_named():
     query, key, value = draw()
     for options, message in (
         ({"threshold": -0.1}, "threshold must be"),
-        ({"text_length": VIDEO + 13}, "text_length must be"),
-        ({"forced": np.ones((3, 3), bool)}, "forced must be"),
+        ({"text_length": -1}, "text_length must be"),
         ({"top_k": 0}, "top_k must be"),
         ({"block_size": 0}, "block_size must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(functools.partial(rectified.attention, **{**OPTIONS, **options}), query, key, value)
+            RectifiedSpaAttn(**{**OPTIONS, **options})
+    with pytest.raises(ValueError, match="text_length must be below"):
+        RectifiedSpaAttn(**OPTIONS, text_length=VIDEO + 13)(query, key, value)
+    with pytest.raises(ValueError, match="forced must be"):
+        jax.eval_shape(functools.partial(RectifiedSpaAttn(**OPTIONS), forced=np.ones((3, 3), bool)), query, key, value)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import sla
+from sparse_attn.systems.sla import SLA, linear_attention
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
@@ -77,12 +77,12 @@ def test_classes_output_and_gradients_equal_dense_sums(options, critical, neglig
     levels, decided = classify(*arrays[:2], critical, negligible)
     rows = decided.repeat(8, 2)[:, :, :37].swapaxes(1, 2)  # [batch, tokens, heads]
     d_output = np.where(rows[..., None], d_output, 0)
-    classes = {name: options[name] for name in ("density", "negligible") if name in options}
+    sla = SLA(**SIZES, **options)
 
     @jax.jit
     def run(*arrays):
-        levels = sla.select(*arrays[:2], **SIZES, **classes).levels
-        output, pull_back = jax.vjp(functools.partial(sla.attention, **SIZES, **options), *arrays)
+        levels = sla.select(*arrays[:2]).levels
+        output, pull_back = jax.vjp(sla, *arrays)
         return levels, output, pull_back(d_output)
 
     actual, output, gradients = run(*arrays)
@@ -101,16 +101,16 @@ def test_classes_output_and_gradients_equal_dense_sums(options, critical, neglig
 
 def test_no_marginal_block_and_no_common_feature_give_no_linear_part():
     query, key, value, projection, bias, _ = draw(tokens=8)
-    everything = {**SIZES, "linear_keys": "marginal", "density": 1.0}
-    output = jax.jit(functools.partial(sla.attention, **everything))(query, key, value, projection, 0 * bias)
+    everything = SLA(**SIZES, linear_keys="marginal", density=1.0)
+    output = jax.jit(everything)(query, key, value, projection, 0 * bias)
     assert_close(output, jax.nn.dot_product_attention(query, key, value), "float32")
-    linear = jax.jit(functools.partial(sla.linear_attention, feature_map="relu"))
+    linear = jax.jit(functools.partial(linear_attention, feature_map="relu"))
     np.testing.assert_array_equal(linear(abs(query), -abs(key), value, None), 0)
 
 
 def test_dtype_and_rows():
     arrays = draw(jnp.bfloat16)[:5]
-    attend = jax.jit(functools.partial(sla.attention, **SIZES, density=0.3, linear_keys="marginal"))
+    attend = jax.jit(SLA(**SIZES, density=0.3, linear_keys="marginal"))
     output = attend(*arrays)
     assert output.dtype == jnp.bfloat16
     levels, decided = classify(*arrays[:2], 3, 0)
@@ -133,10 +133,11 @@ def test_bad_arguments_are_named():
         ({"key_block_size": 0}, "key_block_size"),
     ):
         with pytest.raises(ValueError, match=name):
-            sla.attention(query, key, value, projection, bias, **options)
+            SLA(**options)
+    sla = SLA()
     with pytest.raises(ValueError, match="projection must have"):
-        sla.attention(query, key, value, projection[1:], bias)
+        sla(query, key, value, projection[1:], bias)
     with pytest.raises(ValueError, match="bias must have"):
-        sla.attention(query, key, value, projection, bias[1:])
+        sla(query, key, value, projection, bias[1:])
     with pytest.raises(ValueError, match="as many tokens"):
-        sla.attention(query, key[:, 1:], value[:, 1:], projection, bias)
+        sla(query, key[:, 1:], value[:, 1:], projection, bias)

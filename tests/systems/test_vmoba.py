@@ -1,6 +1,5 @@
 """VMoBA against loops over pairs in float64."""
 
-import functools
 import itertools
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import order
-from sparse_attn.systems import vmoba
+from sparse_attn.systems.vmoba import VMoBA
 from tests import near_ties, oracle
 from tests.cases import assert_close
+from tests.systems.check_vmoba import Packed
 
 GRID, BOX, SIZE = (2, 4, 8), (2, 4), 16  # four boxes of 16 tokens
 SHAPES = {"grid_shape": GRID, "box_shape": BOX}
@@ -90,16 +90,17 @@ RULES = [(scope, {"threshold": 0.4}) for scope in ("query", "block", "head", "al
 @pytest.mark.parametrize(("scope", "budget"), RULES, ids=str)
 def test_choice_equals_loops(scope, budget, strict_ranks):
     query, key, _ = draw()
-    levels = jax.jit(functools.partial(vmoba.select, **SHAPES, scope=scope, **budget))(query, key)
+    levels = jax.jit(VMoBA(**SHAPES, scope=scope, **budget).select)(query, key)
     expected, decided = choose_by_loops(query, key, boxes_by_loops(GRID, BOX), SIZE, scope, **budget)
     np.testing.assert_array_equal(levels.to_mask()[decided], expected[decided])
+    np.testing.assert_array_equal(levels.key_order, np.broadcast_to(boxes_by_loops(GRID, BOX), (2, 4, 64)))
 
 
 def test_at_least_one_pair_is_kept_beside_the_own_boxes():
     query, key, _ = draw()
-    select = jax.jit(functools.partial(vmoba.select, **SHAPES, threshold=0.0))
+    select = jax.jit(VMoBA(**SHAPES, threshold=0.0).select)
     assert (select(query, key).to_mask().sum((2, 3)) == 64 + 1).all()
-    one_box = jax.jit(functools.partial(vmoba.select, grid_shape=GRID, box_shape=GRID))
+    one_box = jax.jit(VMoBA(grid_shape=GRID, box_shape=GRID).select)
     assert one_box(query, key).to_mask().all()
 
 
@@ -109,7 +110,7 @@ def test_output_equals_a_dense_softmax(dtype, strict_ranks):
     shapes = {"grid_shape": (5, 2, 2), "box_shape": (2,)}  # boxes of 8, the last of 4
     chosen, decided = choose_by_loops(query, key, np.arange(20), 8, "head", threshold=0.25)
     assert decided.all()
-    output = jax.jit(functools.partial(vmoba.attention, **shapes, scale=0.5))(query, key, value)
+    output = jax.jit(VMoBA(**shapes, scale=0.5))(query, key, value)
     mask = chosen.repeat(8, axis=-1)[..., :20]
     assert output.dtype == dtype
     assert_close(output, oracle.attention(query, key, value, mask, scale=0.5), dtype)
@@ -121,7 +122,7 @@ def test_output_and_gradients_equal_float64_in_the_order_of_boxes():
 
     @jax.jit
     def run(query, key, value, d_output):
-        output, pull_back = jax.vjp(functools.partial(vmoba.attention, **SHAPES), query, key, value)
+        output, pull_back = jax.vjp(VMoBA(**SHAPES), query, key, value)
         return output, pull_back(d_output)
 
     output, actual = run(query, key, value, d_output)
@@ -139,16 +140,15 @@ def test_rows_do_not_meet_unless_packed():
     query, key, _ = draw()
     louder = query * np.array([1, 9], np.float32).reshape(2, 1, 1, 1)
     options = {"grid_shape": GRID, "box_shape": (1, 2, 4), "threshold": 0.6}
-    for is_packed in (False, True):
-        select = jax.jit(functools.partial(vmoba.select, **options, is_batch_packed=is_packed))
+    for system in (VMoBA, Packed):
+        select = jax.jit(system(**options).select)
         is_same = (select(louder, key).levels[0] == select(query, key).levels[0]).all()
-        assert is_same != is_packed
+        assert is_same == (system is VMoBA)
 
 
 def test_bad_arguments_are_named():
     query, key, value = draw()
     for options, name in (
-        ({"grid_shape": (2, 4, 7)}, "grid_shape"),
         ({"box_shape": (3, 3)}, "box_shape"),
         ({"box_shape": (0.01,)}, "box_shape"),
         ({"box_shape": (1, 1, 1, 1)}, "box_shape"),
@@ -158,8 +158,10 @@ def test_bad_arguments_are_named():
         ({"top_k": 1, "scope": "block"}, "top_k"),
     ):
         with pytest.raises(ValueError, match=name):
-            vmoba.attention(query, key, value, **{**SHAPES, **options})
+            VMoBA(**{**SHAPES, **options})
+    with pytest.raises(ValueError, match="grid_shape"):
+        VMoBA(grid_shape=(2, 4, 7), box_shape=(1,))(query, key, value)
     with pytest.raises(ValueError, match="grid_shape"):
         order.boxes((0, 1, 1), (1, 1))
     with pytest.raises(ValueError, match="as many tokens as query"):
-        vmoba.select(query[:, :32], key, **SHAPES)
+        VMoBA(**SHAPES).select(query[:, :32], key)
