@@ -4,10 +4,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels.blocks import Blocks
 from sparse_attn.attend.route import block_means
+from sparse_attn.checks import WHOLE_ROWS, Sequences, check_self_attention, check_sequences
 from sparse_attn.layout import order_keys
+
+
+def check_segments(
+    query: jax.Array, key: jax.Array, segment_ids: ArrayLike | None, seq_lengths: ArrayLike | None
+) -> Sequences:
+    """The sequence arguments of causal self-attention, checked with the arrays `[batch, tokens, heads, head_dim]`."""
+    check_self_attention(query, key)
+    return check_sequences(query, key, WHOLE_ROWS, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=True)
 
 
 def whole_blocks(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -27,14 +37,28 @@ def whole_blocks(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
 
 
 def means_of(array: jax.Array, blocks: Blocks, ids: jax.Array) -> jax.Array:
-    """Means over listed blocks: `[batch, keys, kv_heads, x]` in block order, int32 `[batch, list]` -> float32
-    `[batch, list, kv_heads, x]`."""
+    """Mean of each listed block.
+
+    Args:
+      array: `[batch, keys, kv_heads, x]` in block order, padding zero.
+      blocks: the geometry.
+      ids: int32 `[batch, list]`.
+
+    Returns:
+      float32 (float64 for float64) `[batch, list, kv_heads, x]`.
+    """
     return order_keys(block_means(array, blocks), ids)
 
 
 def pick(array: jax.Array, places: jax.Array) -> jax.Array:
-    """`array[b, places[b]]` of every row b: `[batch, n]`, int `[batch, m]` -> `[batch, m]`, the ends for places beyond."""
+    """array[b, places[b]] of every row b, or its end: `[batch, n]`, int `[batch, m]` -> `[batch, m]`."""
     return jnp.take_along_axis(array, places, axis=1, mode="clip")
+
+
+def are_among(first: jax.Array, count: jax.Array, size: int) -> jax.Array:
+    """first <= place < first + count, for places below size: int `[batch, t]` twice -> bool `[batch, 1, t, size]`."""
+    place = jnp.arange(size) - first[..., None]
+    return ((place >= 0) & (place < count[..., None]))[:, None]
 
 
 def as_lists(chosen: jax.Array, first: jax.Array, blocks: Blocks) -> jax.Array:

@@ -10,19 +10,18 @@ from jax.typing import ArrayLike
 from pallas_kernels.blocks import Blocks
 from sparse_attn.attend.backends import Implementation
 from sparse_attn.attention import block_sparse_attention
-from sparse_attn.checks import (
-    WHOLE_ROWS,
-    Sequences,
-    check_attention,
-    check_not_negative,
-    check_positive,
-    check_scale,
-    check_self_attention,
-    check_sequences,
-)
+from sparse_attn.checks import Sequences, check_attention, check_not_negative, check_positive, check_scale
 from sparse_attn.grammar import choose, score
 from sparse_attn.grammar.attend import attend_levels
-from sparse_attn.grammar.segments import as_lists, in_segment_order, means_of, pick, whole_blocks
+from sparse_attn.grammar.segments import (
+    are_among,
+    as_lists,
+    check_segments,
+    in_segment_order,
+    means_of,
+    pick,
+    whole_blocks,
+)
 from sparse_attn.layout import make_blocks, order_keys, whole_rows, zero_padding
 from sparse_attn.selection import BlockSelection, LevelMap
 from sparse_attn.sharding import over_explicit_axes
@@ -46,9 +45,8 @@ def compressed_weights(
     Returns:
       float32 `[batch, heads, t, means]`; zeros for a query that sees none.
     """
-    place = jnp.arange(means.shape[1]) - first[..., None]  # [batch, t, means]
-    has_ended = (place >= 0) & (place < num_ended[..., None])
-    return score.softmax(scale * score.dot(query, means), has_ended[:, None])
+    has_ended = are_among(first, num_ended, means.shape[1])
+    return score.softmax(scale * score.dot(query, means), has_ended)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ class NSA:
           block first, then by falling score, -1 where a query has fewer blocks.
         """
         query, key = map(jnp.asarray, (query, key))
-        sequences = _check(query, key, segment_ids, seq_lengths)
+        sequences = check_segments(query, key, segment_ids, seq_lengths)
 
         def call(query: jax.Array, key: jax.Array, sequences: Sequences) -> BlockSelection:
             query, key = (zero_padding(array, sequences.query_seq_lengths) for array in (query, key))
@@ -151,7 +149,7 @@ class NSA:
         check_attention(query, key, value, self.scale)
         if gates.shape != (*query.shape[:3], 3) or not jnp.issubdtype(gates.dtype, jnp.floating):
             raise ValueError(f"gates must be floating point {(*query.shape[:3], 3)}, got {gates.dtype}{gates.shape}")
-        sequences = _check(query, key, segment_ids, seq_lengths)
+        sequences = check_segments(query, key, segment_ids, seq_lengths)
         operands, axes = (query, key, value, gates, sequences), ("b.h", "b.k", "b.k", "b.h", "b")
         return over_explicit_axes(self._attend, operands, axes, "b.h")
 
@@ -181,20 +179,18 @@ class NSA:
         kv_heads = key.shape[2]
         ids, before = whole_blocks(blocks)
         means, first = means_of(key, blocks, ids), pick(before, blocks.first_block)
-        block = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        num_whole = ids.shape[1]
 
         def choose_blocks(
             _: jax.Array, query: jax.Array, first: jax.Array, num_ended: jax.Array, num_earlier: jax.Array
         ) -> jax.Array:
             weights = compressed_weights(query, means, first, num_ended, self._factor(query))
             scores = weights.reshape(batch, kv_heads, -1, *weights.shape[2:]).sum(2)  # [batch, kv_heads, t, whole]
-            place = block - first[..., None]  # [batch, t, whole]
-            is_earlier = (place >= 0) & (place < num_earlier[..., None])
-            scores = jnp.where(is_earlier[:, None], scores, -jnp.inf)
+            scores = jnp.where(are_among(first, num_earlier, num_whole), scores, -jnp.inf)
             return choose.top_k_indices(scores, self.top_k - 1).swapaxes(1, 2)
 
         reach = first, (blocks.stop - blocks.start) // self.block_size, blocks.last_block - blocks.first_block
-        elements = batch * num_heads * block.size
+        elements = batch * num_heads * num_whole
         chosen = choose.by_queries(choose_blocks, (query, *reach), elements_per_query=elements)
         indices = as_lists(chosen, first, blocks).repeat(num_heads // kv_heads, axis=1)
         return BlockSelection(indices, block_size=self.block_size, num_blocks=blocks.num_blocks)
@@ -216,8 +212,3 @@ class NSA:
         return sliding_window_attention(
             query, key, value, window_size=self.window_size, scale=scale, segment_ids=segment_ids
         )
-
-
-def _check(query: jax.Array, key: jax.Array, segment_ids: ArrayLike | None, seq_lengths: ArrayLike | None) -> Sequences:
-    check_self_attention(query, key)
-    return check_sequences(query, key, WHOLE_ROWS, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=True)

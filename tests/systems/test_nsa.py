@@ -137,7 +137,7 @@ def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
     np.testing.assert_array_equal(parts.to_mask()[decided], whole.to_mask()[decided])
 
 
-def test_packed_and_padded_rows_equal_each_sequence_alone():
+def test_packed_and_padded_rows_equal_each_sequence_alone(strict_ranks):
     arrays = draw(tokens=27)  # query, key, value, gates and the cotangent
     random = np.random.default_rng(1)
     ids = np.array([[3] * 22 + [-1] * 3 + [-1] * 2, random.permutation([7] * 2 + [-1] * 3 + [3] * 22)])
