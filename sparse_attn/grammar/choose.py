@@ -127,4 +127,4 @@ def by_queries(
     split = tuple(split_blocks(array, chunk).swapaxes(0, 1) for array in arrays)  # [steps, batch, chunk, ...]
     position = first + jnp.arange(split[0].shape[0] * chunk, dtype=jnp.int32).reshape(-1, chunk)
     result = jax.lax.map(lambda step: function(step[0], *step[1]), (position, split))
-    return result.swapaxes(0, 1).reshape(batch, -1, *result.shape[3:])[:, :num_queries]
+    return result.swapaxes(0, 1).reshape(batch, position.size, *result.shape[3:])[:, :num_queries]

@@ -1,70 +1,117 @@
-"""FlashMoBA: MoBA with small blocks and a short convolution on the keys.
+"""FlashMoBA: MoBA with small blocks and a short convolution on the keys."""
 
-Paper: Optimizing Mixture of Block Attention (arXiv 2511.11571). The algorithm of `sparse_attn.systems.moba` on keys
-that `causal_key_convolution` has spread over their neighbours, for routing and attention alike. The paper's pairs of
-(block_size, top_k) keep 7/8 of the keys out: (512, 2), (256, 4), (128, 8), the last being the best.
-
-Where code and paper disagree: the released CUDA kernels take any block size; the choice of width 3 or 5 is the paper's.
-"""
+import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from sparse_attn.attention import moba_attention, route_moba
+from sparse_attn.attend.backends import Implementation
+from sparse_attn.checks import check_arrays, check_integers, check_positive, check_scale
+from sparse_attn.grammar.segments import in_segment_order
 from sparse_attn.keys import causal_key_convolution
+from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
-from sparse_attn.systems.recipe import Recipe
-
-RECIPE = Recipe(
-    name="FlashMoBA",
-    paper="2511.11571",
-    blocks="1 / 128",
-    describe="mean of convolved keys",
-    score="dot",
-    choose="per query token and head: top-k, own block forced and counted",
-    is_trainable=True,
-)
+from sparse_attn.sharding import over_explicit_axes
+from sparse_attn.systems.moba import MoBA
 
 
-def select(
-    query: jax.Array,
-    key: jax.Array,
-    kernel: jax.Array,
-    *,
-    block_size: int = 128,
-    top_k: int = 8,
-    is_causal: bool = True,
-) -> BlockSelection:
-    """The blocks that `attention` attends: those of `route_moba` on convolved keys.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashMoBA:
+    """FlashMoBA: MoBA with small blocks and a short convolution on the keys.
 
-    Args: those of `attention`.
+    Paper: Optimizing Mixture of Block Attention (arXiv 2511.11571). The algorithm of `MoBA` on keys that
+    `causal_key_convolution` has spread over their neighbours, k'_t = k_t + silu(sum_l kernel_l k_{t-l}), for routing
+    and attention alike. The paper's pairs of (block_size, top_k) keep 7/8 of the keys out: (512, 2), (256, 4),
+    (128, 8), the last being the best.
+
+    Where code and paper disagree: the released CUDA kernels take any block size; the choice of width 3 or 5 is the
+    paper's.
+
+    Attributes:
+      block_size: keys in a block, at least 1.
+      top_k: blocks that a query attends, its own included, at least 1.
+      is_causal: whether a token sees only tokens up to itself. The convolution is causal in any case.
+      scale: factor of the logits. None: 1 / sqrt(head_dim).
+      implementation: as in `moba_attention`.
     """
-    return route_moba(
-        query, causal_key_convolution(key, kernel), block_size=block_size, top_k=top_k, is_causal=is_causal
-    )
+
+    block_size: int = 128
+    top_k: int = 8
+    is_causal: bool = True
+    scale: float | None = None
+    implementation: Implementation | None = None
+
+    paper = "2511.11571"
+    is_trainable = True
+
+    def __post_init__(self) -> None:
+        check_positive("block_size", self.block_size)
+        check_positive("top_k", self.top_k)
+        check_scale(self.scale)
+
+    def select(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        kernel: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+    ) -> BlockSelection:
+        """The blocks that the call attends: those of `route_moba` on convolved keys. Args: those of the call."""
+        key = _convolve(query, key, kernel, segment_ids, seq_lengths)
+        return self._moba.select(query, key, segment_ids=segment_ids, seq_lengths=seq_lengths)
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        kernel: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+    ) -> jax.Array:
+        """`moba_attention` on convolved keys.
+
+        Args:
+          query, key, value, segment_ids, seq_lengths: as in `moba_attention`. The convolution crosses no segment.
+          kernel: `[width, kv_heads, head_dim]`, the weights of the convolution; the paper's widths are 3 and 5.
+
+        Returns:
+          Array of query's shape and dtype.
+
+        Raises:
+          ValueError: an argument has a wrong shape, dtype or value.
+        """
+        key = _convolve(query, key, kernel, segment_ids, seq_lengths)
+        return self._moba(query, key, value, segment_ids=segment_ids, seq_lengths=seq_lengths)
+
+    @property
+    def _moba(self) -> MoBA:
+        return MoBA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
 
-def attention(
+def _convolve(
     query: jax.Array,
     key: jax.Array,
-    value: jax.Array,
     kernel: jax.Array,
-    *,
-    block_size: int = 128,
-    top_k: int = 8,
-    is_causal: bool = True,
-    scale: float | None = None,
+    segment_ids: ArrayLike | None,
+    seq_lengths: ArrayLike | None,
 ) -> jax.Array:
-    """`moba_attention` with keys k'_t = k_t + silu(sum_l kernel_l k_{t-l}).
+    """The key `[batch, keys, kv_heads, head_dim]` as the published model has it, each segment by itself."""
+    query, key, kernel = map(jnp.asarray, (query, key, kernel))
+    check_arrays(query, {"key": key})
+    ids = check_integers("segment_ids", segment_ids, key.shape[:2])
+    lengths = check_integers("seq_lengths", seq_lengths, key.shape[:1])
 
-    Args:
-      query: `[batch, queries, heads, head_dim]`.
-      key: `[batch, keys, kv_heads, head_dim]`.
-      value: shaped like key.
-      kernel: `[width, kv_heads, head_dim]`, the weights of the convolution; the paper's widths are 3 and 5.
-      block_size, top_k, is_causal, scale: as in `moba_attention`.
+    def call(
+        key: jax.Array, kernel: jax.Array, segment_ids: jax.Array | None, seq_lengths: jax.Array | None
+    ) -> jax.Array:
+        def convolve(key: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+            return causal_key_convolution(key, kernel, segment_ids)
 
-    Returns:
-      Array of query's shape and dtype.
-    """
-    key = causal_key_convolution(key, kernel)
-    return moba_attention(query, key, value, block_size=block_size, top_k=top_k, is_causal=is_causal, scale=scale)
+        return in_segment_order(convolve, (zero_padding(key, seq_lengths),), segment_ids)
+
+    return over_explicit_axes(call, (key, kernel, ids, lengths), ("b.k", ".k", "b", "b"), "b.k")

@@ -5,19 +5,19 @@ import functools
 import jax
 import numpy as np
 
-from sparse_attn.systems import tidal_decode
+from sparse_attn.systems.tidal_decode import TidalDecode
 
 
 def check(arrays):
-    options = {
-        "top_k": arrays["top_k"].item(),
-        "first_selecting_layer": arrays["sparse_layer_start"].item(),
-        "correction_layer": arrays["correction_layer"].item(),
-    }
+    attention = TidalDecode(
+        top_k=arrays["top_k"].item(),
+        first_selecting_layer=arrays["sparse_layer_start"].item(),
+        correction_layer=arrays["correction_layer"].item(),
+    )
     selection = None
     for step, layer in enumerate(arrays["layer_ids"].tolist()):
         query, key, value = (arrays[name][step].swapaxes(1, 2) for name in "qkv")
-        attend = jax.jit(functools.partial(tidal_decode.attention, layer=layer, **options))
+        attend = jax.jit(functools.partial(attention, layer=layer))
         output, selection = attend(query, key, value, selection)
         np.testing.assert_allclose(output.swapaxes(1, 2), arrays["output"][step], rtol=0, atol=1e-4)
         if selection is not None:

@@ -1,13 +1,11 @@
 """Combiner against its p(j | i), built weight by weight in float64, and slopes of that definition."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import combiner
+from sparse_attn.systems.combiner import Combiner
 from tests import oracle
 from tests.cases import assert_close
 
@@ -61,8 +59,7 @@ def test_equals_the_factorised_expectation_with_gradients(is_causal, strict_rank
 
     @jax.jit
     def attend(query, key, value):
-        call = functools.partial(combiner.attention, block_size=BLOCK, **options)
-        output, pullback = jax.vjp(call, query, key, value)
+        output, pullback = jax.vjp(Combiner(block_size=BLOCK, **options), query, key, value)
         return output, pullback(d_output.astype(np.float32))
 
     output, gradients = attend(query, key, value)
@@ -85,7 +82,7 @@ def test_the_definition_leaves_no_visible_key_out(is_causal):
 
 def test_levels():
     query, key, _ = draw(14)
-    causal, both = (combiner.select(query, key, block_size=5, is_causal=is_causal) for is_causal in (True, False))
+    causal, both = (Combiner(block_size=5, is_causal=is_causal).select(query, key) for is_causal in (True, False))
     assert causal.levels.shape == (2, 4, 3, 3)
     assert causal.levels.dtype == both.levels.dtype == jnp.int8
     assert causal.levels[1, 3].tolist() == [[1, 0, 0], [2, 1, 0], [2, 2, 1]]
@@ -94,7 +91,7 @@ def test_levels():
 
 def test_dtype_rows_and_causality():
     query, key, value = draw(14, jnp.bfloat16)
-    attend = jax.jit(functools.partial(combiner.attention, block_size=BLOCK))
+    attend = jax.jit(Combiner(block_size=BLOCK))
     output = attend(query, key, value)
     assert output.dtype == jnp.bfloat16
     exact = [array.astype(np.float64) for array in (query, key, value)]
@@ -105,11 +102,26 @@ def test_dtype_rows_and_causality():
     np.testing.assert_array_equal(attend(query, key, value)[1, :6], output[1, :6])
 
 
+def test_packed_and_padded_rows_equal_each_sequence_alone(strict_ranks):
+    """The ids of the second row are torn apart."""
+    query, key, value = draw(14)
+    ids, lengths = np.array([[1] * 9 + [0] * 5, np.random.default_rng(1).permutation([1] * 5 + [0] * 9)]), [11, 14]
+    query[0, 11:] = np.nan
+    attention = Combiner(block_size=BLOCK)
+    output = jax.jit(lambda *arrays: attention(*arrays, segment_ids=ids, seq_lengths=lengths))(query, key, value)
+    expected = np.zeros(query.shape)
+    for row, segment in np.ndindex(2, 2):
+        places = np.flatnonzero(ids[row, : lengths[row]] == segment)
+        alone = (array[row : row + 1, places].astype(np.float64) for array in (query, key, value))
+        expected[row, places] = definition(*alone, is_causal=True, scale=8**-0.5)[0]
+    assert_close(output, expected, "float32")
+
+
 def test_bad_arguments_are_named():
     query, key, value = draw(14)
     with pytest.raises(ValueError, match="block_size"):
-        combiner.attention(query, key, value, block_size=0)
+        Combiner(block_size=0)
     with pytest.raises(ValueError, match="key must have"):
-        combiner.attention(query, key[:, 1:], value[:, 1:])
+        Combiner()(query, key[:, 1:], value[:, 1:])
     with pytest.raises(ValueError, match="scale"):
-        combiner.attention(query, key, value, scale=float("nan"))
+        Combiner(scale=float("nan"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import dsa
+from sparse_attn.systems.dsa import DSA, Indexer
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
@@ -28,7 +28,7 @@ def draw(dtype=np.float32, queries=19, keys=19, seed=0):
         for shape in ((2, queries, 3, 5), (2, keys, 5))
     )
     weight = near_ties.eighths(random.standard_normal((2, queries, 3))).astype(dtype)
-    return query, key, value, dsa.Indexer(index_query, index_key, weight)
+    return query, key, value, Indexer(index_query, index_key, weight)
 
 
 def scores_by_loops(indexer):
@@ -61,30 +61,30 @@ def mask_of(lists, keys):
 @pytest.mark.parametrize(("queries", "keys"), [(19, 19), (3, 19), (19, 13)])
 def test_choice_and_output_equal_loops(queries, keys, is_causal, strict_ranks):
     query, key, value, indexer = draw(queries=queries, keys=keys)
-    options = {"top_k": TOP_K, "is_causal": is_causal}
-    selection = jax.jit(functools.partial(dsa.select, **options))(indexer)
+    attention = DSA(top_k=TOP_K, is_causal=is_causal, scale=0.6)
+    selection = jax.jit(attention.select)(indexer)
     lists = lists_by_loops(indexer, is_causal)
     for b, t in np.ndindex(2, queries):
         expected = [*lists[b][t], *[-1] * TOP_K][:TOP_K]
         np.testing.assert_array_equal(selection.indices[b, 0, t], expected)
-    output = jax.jit(functools.partial(dsa.attention, **options, scale=0.6))(query, key, value, indexer)
+    output = jax.jit(attention)(query, key, value, indexer)
     assert_close(output, oracle.attention(query, key, value, mask_of(lists, keys), scale=0.6), "float32")
 
 
 def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
     query, key, _, indexer = draw()
-    select = functools.partial(dsa.select, top_k=TOP_K)
-    selection = select(indexer)
-    loss = dsa.indexer_loss(query, key, indexer, selection)
+    attention = DSA(top_k=TOP_K)
+    selection = attention.select(indexer)
+    loss = attention.indexer_loss(query, key, indexer, selection)
     monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 4 * 2 * 3 * 19)
-    np.testing.assert_array_equal(select(indexer).indices, selection.indices)
-    assert_close(dsa.indexer_loss(query, key, indexer, selection), loss, "float32")
+    np.testing.assert_array_equal(attention.select(indexer).indices, selection.indices)
+    assert_close(attention.indexer_loss(query, key, indexer, selection), loss, "float32")
 
 
 def test_dtype_ties_and_rows():
     query, key, value, indexer = draw(jnp.bfloat16)
     indexer.weight[1, 4] = 0  # all keys tie: the first ones are listed
-    attend = jax.jit(functools.partial(dsa.attention, top_k=3))
+    attend = jax.jit(DSA(top_k=3))
     output = attend(query, key, value, indexer)
     assert output.dtype == jnp.bfloat16
     lists = lists_by_loops(indexer, is_causal=True, top_k=3)
@@ -93,6 +93,21 @@ def test_dtype_ties_and_rows():
     for array in (query, key, value, *indexer):
         array[0] = np.nan
     np.testing.assert_array_equal(attend(query, key, value, indexer)[1], output[1])
+
+
+def test_packed_and_padded_rows_equal_each_sequence_alone(strict_ranks):
+    """Both sequences are as long, so that they are the rows of one batch; the ids of the second are torn apart."""
+    ids, lengths = np.array([[1] * 13 + [0] * 6, np.random.default_rng(1).permutation([1] * 6 + [0] * 13)]), [13, 19]
+    query, key, value, indexer = draw()
+    attention = DSA(top_k=TOP_K)
+    output = np.asarray(
+        jax.jit(functools.partial(attention, segment_ids=ids, seq_lengths=lengths))(query, key, value, indexer)
+    )
+    places = np.stack([np.flatnonzero(ids[0] == 1), np.flatnonzero(ids[1] == 0)])
+    query, key, value, *indexer = (array[[[0], [1]], places] for array in (query, key, value, *indexer))
+    mask = mask_of(lists_by_loops(Indexer(*indexer), is_causal=True), 13)
+    assert_close(output[[[0], [1]], places], oracle.attention(query, key, value, mask), "float32")
+    assert not output[0, 13:].any()
 
 
 def loss_by_definition(query, key, lists, scale, *indexer):
@@ -115,12 +130,12 @@ def loss_by_definition(query, key, lists, scale, *indexer):
 def test_loss_and_its_gradients_equal_the_definition(top_k, strict_ranks):
     query, key, _, indexer = draw(queries=15, keys=13)  # two queries see nothing
     weight = np.random.default_rng(1).standard_normal((2, 15))
+    attention = DSA(top_k=top_k, scale=0.6)
 
     @jax.jit
     def run(query, key, indexer):
         def total(query, key, indexer):
-            selection = dsa.select(indexer, top_k=top_k)
-            losses = dsa.indexer_loss(query, key, indexer, selection, scale=0.6)
+            losses = attention.indexer_loss(query, key, indexer, attention.select(indexer))
             return (losses * weight).sum(), losses
 
         return jax.grad(total, (0, 1, 2), has_aux=True)(query, key, indexer)
@@ -141,21 +156,21 @@ def test_loss_and_its_gradients_equal_the_definition(top_k, strict_ranks):
 
 def test_the_choice_gives_the_indexer_no_gradient():
     query, key, value, indexer = draw()
-    gradient = jax.jit(jax.grad(lambda x: dsa.attention(query, key, value, x, top_k=TOP_K).sum()))(indexer)
+    gradient = jax.jit(jax.grad(lambda x: DSA(top_k=TOP_K)(query, key, value, x).sum()))(indexer)
     assert not any(array.any() for array in gradient)
 
 
 def test_bad_arguments_are_named():
     query, key, value, indexer = draw()
     with pytest.raises(ValueError, match="top_k"):
-        dsa.attention(query, key, value, indexer, top_k=0)
+        DSA(top_k=0)
     with pytest.raises(ValueError, match="value must be"):
-        dsa.attention(query, key, value[:, 1:], indexer)
+        DSA()(query, key, value[:, 1:], indexer)
     for bad in (
         indexer._replace(weight=indexer.weight[..., 1:]),
         indexer._replace(key=indexer.key[:1]),
         indexer._replace(key=indexer.key[:, 1:]),
-        dsa.Indexer(indexer.query[:, 1:], indexer.key, indexer.weight[:, 1:]),
+        Indexer(indexer.query[:, 1:], indexer.key, indexer.weight[:, 1:]),
     ):
         with pytest.raises(ValueError, match="indexer must"):
-            dsa.attention(query, key, value, bad)
+            DSA()(query, key, value, bad)

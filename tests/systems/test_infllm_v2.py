@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import infllm_v2
+from sparse_attn.systems.infllm_v2 import InfLLMv2
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
@@ -34,6 +34,14 @@ def draw(dtype=np.float32, seed=0):
     random = np.random.default_rng(seed)
     query, d_output = random.standard_normal((2, 2, TOKENS, 4, 8)).astype(dtype)
     return query, *random.standard_normal((2, 2, TOKENS, 2, 8)).astype(dtype), d_output
+
+
+@jax.jit
+def differentiate(query, key, value, d_output, **sequences):
+    """Output and the gradients of query, key and value."""
+    attend = functools.partial(InfLLMv2(**OPTIONS, scale=0.7), **sequences)
+    output, pull_back = jax.vjp(attend, query, key, value)
+    return output, *pull_back(d_output)
 
 
 def token_mask(query, key, block_size, pool_size, pool_stride, initial_blocks, local_blocks, top_k, scale=8**-0.5, **_):
@@ -76,7 +84,7 @@ def token_mask(query, key, block_size, pool_size, pool_stride, initial_blocks, l
 def test_choice_equals_loops(change, strict_ranks):
     query, key, *_ = draw()
     options = {**OPTIONS, **change}
-    selection = jax.jit(functools.partial(infllm_v2.select, **options))(query, key)
+    selection = jax.jit(InfLLMv2(**options).select)(query, key)
     chosen = np.asarray(selection.to_mask()).repeat(8, axis=-1)[..., :TOKENS] & np.tril(np.ones((TOKENS, TOKENS), bool))
     expected, decided = token_mask(query, key, **options)
     np.testing.assert_array_equal(chosen[decided], expected[decided])
@@ -88,12 +96,7 @@ def test_output_and_gradients_equal_a_dense_softmax(strict_ranks):
     decided = decided.swapaxes(1, 2)
     d_output = np.where(decided[..., None], d_output, 0)
 
-    @jax.jit
-    def run(query, key, value, d_output):
-        output, pull_back = jax.vjp(functools.partial(infllm_v2.attention, **OPTIONS, scale=0.7), query, key, value)
-        return output, pull_back(d_output)
-
-    output, actual = run(query, key, value, d_output)
+    output, *actual = differentiate(query, key, value, d_output)
     expected, gradients = oracle.attention(query, key, value, mask, scale=0.7, d_output=d_output)
     assert_close(output, expected, "float32", decided)
     for one, other in zip(actual, gradients, strict=True):
@@ -102,7 +105,7 @@ def test_output_and_gradients_equal_a_dense_softmax(strict_ranks):
 
 def test_dtype_and_rows():
     query, key, value, _ = draw(jnp.bfloat16)
-    attend = jax.jit(functools.partial(infllm_v2.attention, **OPTIONS))
+    attend = jax.jit(InfLLMv2(**OPTIONS))
     output = attend(query, key, value)
     assert output.dtype == jnp.bfloat16
     mask, decided = token_mask(query, key, **OPTIONS)
@@ -112,9 +115,33 @@ def test_dtype_and_rows():
     np.testing.assert_array_equal(attend(query, key, value)[1], output[1])
 
 
+def test_packed_and_padded_rows_equal_each_sequence_alone(strict_ranks):
+    """Two long documents with a short one each, which is dense; the ids of the second row are torn apart."""
+    short, random = 30, np.random.default_rng(1)
+    ids = np.array([[3] * TOKENS + [-1] * short + [-1] * 2, random.permutation([7] * 2 + [-1] * short + [3] * TOKENS)])
+    lengths = np.array([TOKENS + short, TOKENS + short + 2])
+    arrays = [random.standard_normal((2, ids.shape[1], heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4)]
+    for array in arrays[:3]:
+        array[0, lengths[0] :] = np.nan
+    results = [np.asarray(array) for array in differentiate(*arrays, segment_ids=ids, seq_lengths=lengths)]
+    for segment in (3, -1):
+        places = np.stack([np.flatnonzero(ids[b, : lengths[b]] == segment) for b in range(2)])
+        *alone, d_output = (array[[[0], [1]], places] for array in arrays)
+        if segment == 3:
+            expected = differentiate(*alone, d_output)
+        else:
+            mask = np.broadcast_to(np.tril(np.ones((short, short), bool)), (2, 4, short, short))
+            output, gradients = oracle.attention(*alone, mask, scale=0.7, d_output=d_output)
+            expected = output, *gradients
+        for one, other in zip(results, expected, strict=True):
+            assert_close(one[[[0], [1]], places], np.asarray(other), "float32")
+    for array in results:
+        assert not array[0, lengths[0] :].any()
+
+
 def test_short_sequences_attend_everything():
     query, key, value, _ = draw()
-    attend = jax.jit(functools.partial(infllm_v2.attention, **{**OPTIONS, "dense_length": TOKENS + 1}))
+    attend = jax.jit(InfLLMv2(**{**OPTIONS, "dense_length": TOKENS + 1}))
     mask = np.broadcast_to(np.tril(np.ones((TOKENS, TOKENS), bool)), (2, 4, TOKENS, TOKENS))
     assert_close(attend(query, key, value), oracle.attention(query, key, value, mask), "float32")
 
@@ -122,8 +149,8 @@ def test_short_sequences_attend_everything():
 def test_rows_shorter_than_a_pool_have_the_forced_blocks_alone():
     query, key, *_ = (array[:, :5] for array in draw())
     options = {**OPTIONS, "block_size": 2, "pool_size": 6, "local_blocks": 0, "top_k": 2, "dense_length": 0}
-    indices = jax.jit(functools.partial(infllm_v2.select, **options))(query, key).indices
-    assert indices[1, 3].tolist() == [[0, -1], [0, -1], [0, 1], [0, 1], [0, 2]]
+    indices = jax.jit(InfLLMv2(**options).select)(query, key).indices
+    assert indices[1, 3].tolist() == [[0, -1], [0, -1], [1, 0], [1, 0], [2, 0]]
 
 
 def test_bad_arguments_are_named():
@@ -136,6 +163,6 @@ def test_bad_arguments_are_named():
         ({"initial_blocks": -1}, "initial_blocks"),
     ):
         with pytest.raises(ValueError, match=name):
-            infllm_v2.attention(query, key, value, **{**OPTIONS, **options})
+            InfLLMv2(**{**OPTIONS, **options})
     with pytest.raises(ValueError, match="key must have"):
-        infllm_v2.attention(query[:, 1:], key, value)
+        InfLLMv2()(query[:, 1:], key, value)

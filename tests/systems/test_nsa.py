@@ -1,5 +1,6 @@
 """NSA against three dense attentions in float64, values and gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
-from sparse_attn.systems import nsa
+from sparse_attn.systems.nsa import NSA
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
 SIZE, TOP_K, WINDOW, SCALE = 4, 3, 5, 0.6
-OPTIONS = {"block_size": SIZE, "top_k": TOP_K, "scale": SCALE}
+ATTENTION = NSA(block_size=SIZE, top_k=TOP_K, window_size=WINDOW, scale=SCALE)
 
 
 def draw(dtype=np.float32, tokens=22, seed=0):
@@ -22,6 +23,14 @@ def draw(dtype=np.float32, tokens=22, seed=0):
     query, d_output = random.standard_normal((2, 2, tokens, 4, 8)).astype(dtype)
     key, value = random.standard_normal((2, 2, tokens, 2, 8)).astype(dtype)
     return query, key, value, random.random((2, tokens, 4, 3)).astype(dtype), d_output
+
+
+@jax.jit
+def differentiate(query, key, value, gates, d_output, **sequences):
+    """Output and the gradients of query, key, value and gates."""
+    attend = functools.partial(ATTENTION, **sequences)
+    output, pull_back = jax.vjp(attend, query, key, value, gates)
+    return output, *pull_back(d_output)
 
 
 def means_of(array):
@@ -63,7 +72,7 @@ def masks(query, key):
 
 def test_choice_equals_loops(strict_ranks):
     query, key, *_ = draw()
-    selection = jax.jit(functools.partial(nsa.select, **OPTIONS))(query, key)
+    selection = jax.jit(ATTENTION.select)(query, key)
     chosen = np.asarray(selection.to_mask()).repeat(SIZE, axis=-1)[..., :22] & np.tril(np.ones((22, 22), bool))
     (_, selected, _), decided = masks(query, key)
     decided = decided.swapaxes(1, 2)
@@ -75,7 +84,8 @@ def test_choice_equals_loops(strict_ranks):
 
 def test_the_own_block_is_kept_where_another_has_all_the_weight():
     query, key, *_ = draw()
-    indices = jax.jit(functools.partial(nsa.select, **{**OPTIONS, "top_k": 1}))(query, key).indices
+    attention = dataclasses.replace(ATTENTION, top_k=1)
+    indices = jax.jit(attention.select)(query, key).indices
     np.testing.assert_array_equal(indices[..., 0], np.broadcast_to(np.arange(22) // SIZE, (2, 4, 22)))
 
 
@@ -85,13 +95,7 @@ def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks)
     branches, decided = masks(query, key)
     d_output = np.where(decided[..., None], d_output, 0)
 
-    @jax.jit
-    def run(query, key, value, gates, d_output):
-        attend = functools.partial(nsa.attention, **OPTIONS, window_size=WINDOW)
-        output, pull_back = jax.vjp(attend, query, key, value, gates)
-        return output, pull_back(d_output)
-
-    output, actual = run(query, key, value, gates, d_output)
+    output, *actual = differentiate(query, key, value, gates, d_output)
     expected, gradients = 0, [np.zeros(array.shape) for array in (query, key, value, gates)]
     for branch, mask in enumerate(branches):
         keys = (means_of(key), means_of(value)) if branch == 0 else (key, value)
@@ -112,7 +116,7 @@ def test_output_and_gradients_equal_three_dense_attentions(tokens, strict_ranks)
 
 def test_dtype_rows_and_no_window():
     query, key, value, gates, _ = draw(jnp.bfloat16)
-    attend = jax.jit(functools.partial(nsa.attention, **OPTIONS, window_size=0))
+    attend = jax.jit(dataclasses.replace(ATTENTION, window_size=0))
     output = attend(query, key, value, gates)
     assert output.dtype == jnp.bfloat16
     branches, decided = masks(query, key)
@@ -127,18 +131,36 @@ def test_dtype_rows_and_no_window():
 
 def test_queries_taken_a_few_at_a_time_give_the_same(monkeypatch):
     query, key, *_ = draw()
-    whole = nsa.select(query, key, **OPTIONS)
+    whole = ATTENTION.select(query, key)
     monkeypatch.setattr(choose, "_ELEMENTS_PER_STEP", 5 * 2 * 4 * 6)
-    parts, decided = nsa.select(query, key, **OPTIONS), masks(query, key)[1].swapaxes(1, 2)
+    parts, decided = ATTENTION.select(query, key), masks(query, key)[1].swapaxes(1, 2)
     np.testing.assert_array_equal(parts.to_mask()[decided], whole.to_mask()[decided])
+
+
+def test_packed_and_padded_rows_equal_each_sequence_alone(strict_ranks):
+    arrays = draw(tokens=27)  # query, key, value, gates and the cotangent
+    random = np.random.default_rng(1)
+    ids = np.array([[3] * 22 + [-1] * 3 + [-1] * 2, random.permutation([7] * 2 + [-1] * 3 + [3] * 22)])
+    lengths = np.array([25, 27])
+    for array in arrays:
+        array[0, 25:] = np.nan
+    arrays[-1][0, 25:] = 1
+    results = [np.asarray(array) for array in differentiate(*arrays, segment_ids=ids, seq_lengths=lengths)]
+    for segment in (3, -1):
+        places = np.stack([np.flatnonzero(ids[b, : lengths[b]] == segment) for b in range(2)])
+        alone = differentiate(*(array[[[0], [1]], places] for array in arrays))
+        for one, other in zip(results, alone, strict=True):
+            assert_close(one[[[0], [1]], places], np.asarray(other), "float32")
+    for array in results:
+        assert not array[0, 25:].any()
 
 
 def test_bad_arguments_are_named():
     query, key, value, gates, _ = draw()
     for options, name in (({"block_size": 0}, "block_size"), ({"top_k": 0}, "top_k"), ({"window_size": -1}, "window")):
         with pytest.raises(ValueError, match=name):
-            nsa.attention(query, key, value, gates, **options)
+            NSA(**options)
     with pytest.raises(ValueError, match="gates"):
-        nsa.attention(query, key, value, gates[..., :2])
+        NSA()(query, key, value, gates[..., :2])
     with pytest.raises(ValueError, match="key must have"):
-        nsa.attention(query[:, 1:], key, value, gates)
+        NSA()(query[:, 1:], key, value, gates[:, 1:])

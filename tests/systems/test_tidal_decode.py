@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import tidal_decode
+from sparse_attn.systems.tidal_decode import TidalDecode
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
-OPTIONS = {"top_k": 5, "first_selecting_layer": 1, "correction_layer": 3}
+ATTENTION = TidalDecode(top_k=5, first_selecting_layer=1, correction_layer=3)
 
 
 def draw(dtype=np.float32, seed=0):
@@ -23,7 +23,7 @@ def draw(dtype=np.float32, seed=0):
 
 @functools.cache
 def layer(number):
-    return jax.jit(functools.partial(tidal_decode.attention, layer=number, **OPTIONS))
+    return jax.jit(functools.partial(ATTENTION, layer=number))
 
 
 def walk(query, key, value):
@@ -55,7 +55,7 @@ def test_layers_equal_loops(strict_ranks):
 
 def test_dtype_and_rows():
     query, key, value = (array[0] for array in draw(jnp.bfloat16))
-    selection = jax.jit(functools.partial(tidal_decode.select, top_k=5))(query, key)
+    selection = jax.jit(ATTENTION.select)(query, key)
     for number, mask in ((0, np.ones((2, 4, 1, 17), bool)), (2, np.asarray(selection.to_mask()))):
         output, _ = layer(number)(query, key, value, selection)
         assert output.dtype == jnp.bfloat16
@@ -68,18 +68,20 @@ def test_dtype_and_rows():
 def test_ties_go_to_the_earlier_key_and_short_caches_are_read_whole():
     query = np.ones((1, 1, 1, 1), np.float32)
     key = np.array([-0.0, 2, 3, 0, 2], np.float32).reshape(1, 5, 1, 1)  # -0 and 0 are a tie too
-    assert tidal_decode.select(query, key, top_k=4).indices.tolist() == [[[[2, 1, 4, 0]]]]
-    assert tidal_decode.select(query, key, top_k=7).indices.tolist() == [[[[2, 1, 4, 0, 3, -1, -1]]]]
+    assert TidalDecode(top_k=4).select(query, key).indices.tolist() == [[[[2, 1, 4, 0]]]]
+    assert TidalDecode(top_k=7).select(query, key).indices.tolist() == [[[[2, 1, 4, 0, 3, -1, -1]]]]
 
 
 def test_bad_arguments_are_named():
     query, key, value = (array[0] for array in draw())
     with pytest.raises(ValueError, match="selection must be"):
-        tidal_decode.attention(query, key, value, None, layer=5)
+        TidalDecode()(query, key, value, None, layer=5)
     for number in (0, 2):
         with pytest.raises(ValueError, match="query must be one token"):
-            tidal_decode.attention(query.repeat(2, 1), key, value, None, layer=number)
+            TidalDecode()(query.repeat(2, 1), key, value, None, layer=number)
     with pytest.raises(ValueError, match="query must be one token"):
-        tidal_decode.select(query.repeat(2, 1), key)
+        TidalDecode().select(query.repeat(2, 1), key)
     with pytest.raises(ValueError, match="top_k"):
-        tidal_decode.attention(query, key, value, None, layer=2, top_k=0)
+        TidalDecode(top_k=0)
+    with pytest.raises(ValueError, match="key_value_seq_lengths"):
+        TidalDecode()(query, key, value, None, layer=0, seq_lengths=np.array([1, 1]))
