@@ -100,12 +100,8 @@ class BlockRank(System):
         query, key, value = map(jnp.asarray, (query, key, value))
         scale = check_attention(query, key, value, self.scale)
         self.check(query, key)
-        blocks, levels, implementation = (
-            self.blocks(query, key, is_valid),
-            self._select(query, key),
-            self.implementation,
-        )
-        partial = attend_levels(query, key, value, levels, blocks, scale=scale, implementation=implementation)
+        blocks, levels = self.blocks(query, key, is_valid), self._select(query, key)
+        partial = attend_levels(query, key, value, levels, blocks, scale=scale, implementation=self.implementation)
         return partial.output().astype(query.dtype)
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:

@@ -37,6 +37,7 @@ class System:
       implementation: of the exact attention, as in `moba_attention`.
       paper: arXiv number.
       is_trainable: whether gradients are part of the published system and tested here.
+      traces_sequences: whether segment_ids and seq_lengths may be traced.
     """
 
     scale: float | None = None
@@ -44,6 +45,7 @@ class System:
 
     paper: ClassVar[str]
     is_trainable: ClassVar[bool] = False
+    traces_sequences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -148,7 +150,8 @@ def by_sequence(
       seq_lengths: int `[batch]`, or None.
 
     Raises:
-      ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced.
+      ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced; the
+        arrays are not of one length.
     """
     query = arrays[0]
     given = {"segment_ids": (segment_ids, query.shape[:2]), "seq_lengths": (seq_lengths, query.shape[:1])}
@@ -162,6 +165,11 @@ def by_sequence(
         with jax.ensure_compile_time_eval():
             array = check_integers(name, array, shape)
         known[name] = None if array is None else np.asarray(array)
+    shapes = [array.shape for array in arrays]
+    if len({shape[:2] for shape in shapes}) > 1:
+        raise ValueError(
+            f"segment_ids and seq_lengths are those of self-attention: arrays must begin alike, got shapes {shapes}"
+        )
     ids = np.zeros(query.shape[:2], int) if known["segment_ids"] is None else known["segment_ids"]
     lengths = np.full(len(ids), ids.shape[1]) if known["seq_lengths"] is None else known["seq_lengths"]
     output = None
