@@ -10,5 +10,6 @@ A system is a frozen value that holds hyperparameters and is called like a funct
 
 Arrays are `[batch, sequence, heads, head_dim]`. Arrays that belong to a system, such as gates, follow value. Packed or
 padded rows: `segment_ids` and `seq_lengths`, which most systems must know when they are traced. The base is
-`sparse_attn.systems.system.System`; `docs/systems.md` has a card for every system.
+`sparse_attn.systems.system.System`; `docs/systems.md` has a card for every class that `find_systems` of
+`sparse_attn.systems.__main__` lists.
 """

@@ -39,30 +39,30 @@ def make_card(system: type) -> str:
     text, attributes = split_docstring(system)
     fields = {field.name: field for field in dataclasses.fields(system)}  # type: ignore[arg-type]
 
-    def default(name: str) -> str:
-        field = fields[name]
-        if field.default_factory is not dataclasses.MISSING:
-            return repr(field.default_factory())
-        return "required" if field.default is dataclasses.MISSING else repr(field.default)
+    def signature(name: str) -> str:
+        """The name of a field with its default, if it has one."""
+        default, make_default = fields[name].default, fields[name].default_factory
+        if make_default is not dataclasses.MISSING:
+            default = make_default()
+        return name if default is dataclasses.MISSING else f"{name} = {default!r}"
 
-    facts = {
-        "Causal": "as `is_causal` says" if "is_causal" in fields else system.is_causal,  # type: ignore[attr-defined]
-        "Trained": getattr(system, "is_trainable", False),
-        "Packed rows when traced": getattr(system, "traces_sequences", False),
-    }
-    words = {True: "yes", False: "no"}
+    def yes(name: str) -> str:
+        """What a class attribute says, no where there is none."""
+        return "yes" if getattr(system, name, False) else "no"
+
+    causal = "as `is_causal` says" if "is_causal" in fields else yes("is_causal")
+    facts = f"Causal: {causal}. Trained: {yes('is_trainable')}. Packed rows when traced: {yes('traces_sequences')}."
     module = system.__module__.rpartition(".")[2]
-    own = [name for name in attributes if name not in {field.name for field in dataclasses.fields(System)}]
+    own = [name for name in attributes if name in fields and name not in System.__dataclass_fields__]
     return "\n".join(
         [
             f"## {system.__name__} ([{system.paper}](https://arxiv.org/abs/{system.paper}))",  # type: ignore[attr-defined]
             "",
-            f"[`sparse_attn.systems.{module}`](../sparse_attn/systems/{module}.py). "
-            + " ".join(f"{fact}: {words.get(said, said)}." for fact, said in facts.items()),
+            f"[`sparse_attn.systems.{module}`](../sparse_attn/systems/{module}.py). {facts}",
             "",
             text,
             "",
-            *(f"* `{name}` ({default(name)}): {attributes[name]}" for name in own),
+            *(f"* `{signature(name)}`: {attributes[name]}" for name in own),
             *([""] if own else []),
         ]
     )
