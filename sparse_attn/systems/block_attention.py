@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels.blocks import NOWHERE, Blocks
-from sparse_attn.checks import check_arrays, check_attention, check_integers, check_positive
+from sparse_attn.checks import check_arrays, check_integers, check_positive
 from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.layout import visible_tiles, whole_rows
 from sparse_attn.selection import LevelMap
@@ -50,6 +50,10 @@ class BlockAttention(System):
         check_positive("query_block_size", self.query_block_size)
         check_positive("key_block_size", self.key_block_size)
 
+    def check(self, query: jax.Array, key: jax.Array) -> None:
+        """The question may come alone, after cached passages."""
+        check_arrays(query, {"key": key})
+
     @splits_over_mesh("bh", segment_lengths="b")
     def select(self, query: jax.Array, key: jax.Array, segment_lengths: ArrayLike) -> LevelMap:  # type: ignore[override]
         """The tiles that hold some visible pair, alike in all heads; inside them the mask of tokens decides.
@@ -57,7 +61,7 @@ class BlockAttention(System):
         Args: those of the call.
         """
         query, key = map(jnp.asarray, (query, key))
-        check_arrays(query, {"key": key})
+        self.check(query, key)
         return self._tiles(query, self.blocks(query, key, segment_lengths))
 
     @splits_over_mesh(segment_lengths="b")
@@ -92,10 +96,9 @@ class BlockAttention(System):
         for name, given in (("segment_ids", segment_ids), ("seq_lengths", seq_lengths)):
             if given is not None:
                 raise ValueError(f"{name} must be None: segment_lengths says where a row, one prompt, ends")
-        query, key, value = map(jnp.asarray, (query, key, value))
-        scale = check_attention(query, key, value, self.scale)
+        query, key, value = self._checked(query, key, value)
         blocks = self.blocks(query, key, segment_lengths)
-        levels, implementation = self._tiles(query, blocks), self.implementation
+        levels, scale, implementation = self._tiles(query, blocks), self.factor(query), self.implementation
         partial = attend_levels(query, key, value, levels, blocks, scale=scale, implementation=implementation)
         return partial.output().astype(query.dtype)
 
@@ -112,7 +115,7 @@ class BlockAttention(System):
         end = jnp.cumsum(lengths, axis=1, dtype=jnp.int32)[:, None]  # [batch, 1, segments]
         begin = end - lengths[:, None]
         position = jnp.arange(num_keys, dtype=jnp.int32)[None]  # [1, keys]
-        place = position[:, num_keys - num_queries :, None]  # [1, queries, 1]
+        place = jnp.arange(num_keys - num_queries, num_keys, dtype=jnp.int32)[None, :, None]  # [1, queries, 1]
         is_own = (begin <= place) & (place < end)  # [batch, queries, segments]
         return dataclasses.replace(
             whole_rows(query, key, block_size=self.key_block_size, is_causal=True),

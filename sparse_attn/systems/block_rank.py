@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels.blocks import NOWHERE, Blocks
-from sparse_attn.checks import check_attention, check_integers, check_positive, check_self_attention
+from sparse_attn.checks import check_integers, check_positive, check_self_attention
 from sparse_attn.grammar import score
 from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.layout import whole_rows
@@ -88,8 +88,6 @@ class BlockRank(System):
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        if segment_ids is None and seq_lengths is None:
-            return self._call(query, key, value, is_valid)
         arrays = query, key, value, is_valid
         return by_sequence(lambda _, *arrays: self._call(*arrays), arrays, segment_ids, seq_lengths)
 
@@ -97,10 +95,8 @@ class BlockRank(System):
     def _call(  # type: ignore[override]
         self, query: jax.Array, key: jax.Array, value: jax.Array, is_valid: jax.Array
     ) -> jax.Array:
-        query, key, value = map(jnp.asarray, (query, key, value))
-        scale = check_attention(query, key, value, self.scale)
-        self.check(query, key)
-        blocks, levels = self.blocks(query, key, is_valid), self._select(query, key)
+        query, key, value = self._checked(query, key, value)
+        blocks, levels, scale = self.blocks(query, key, is_valid), self._select(query, key), self.factor(query)
         partial = attend_levels(query, key, value, levels, blocks, scale=scale, implementation=self.implementation)
         return partial.output().astype(query.dtype)
 
@@ -128,12 +124,11 @@ class BlockRank(System):
         Returns:
           float32 `[batch, heads, num_last_queries, tokens]`; num_last_queries at most block_size.
         """
-        scale = check_attention(query, key, key, self.scale)
-        self.check(query, key)
+        query, key, _ = self._checked(query, key, key)
         blocks = self.blocks(query, key, is_valid)
         last = slice(-min(self.num_last_queries, self.block_size), None)
         is_seen = blocks.key_position()[:, None, :, 0] < blocks.stop[:, last, None]  # [batch, last queries, tokens]
-        logits = scale * score.dot(query[:, last], key)  # tokens are blocks of one
+        logits = self.factor(query) * score.dot(query[:, last], key)  # tokens are blocks of one
         return jnp.where(is_seen[:, None], logits, -jnp.inf)
 
     def document_logits(self, logits: jax.Array, labels: ArrayLike) -> jax.Array:

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from sparse_attn.attend.partial import Partial, merge
 from sparse_attn.attend.per_key import attend_tokens
-from sparse_attn.checks import check_attention, check_integers, check_not_negative, check_self_attention
+from sparse_attn.checks import check_integers, check_not_negative, check_self_attention
 from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.layout import whole_rows
 from sparse_attn.selection import LevelMap
@@ -121,8 +121,6 @@ class OrionMSP(System):
         """
         check_self_attention(query, key)
         links = _check_links(links, query.shape[1])
-        if segment_ids is None and seq_lengths is None:
-            return self._call(query, key, value, links)
 
         def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return self._call(query, key, value, links[: query.shape[1]])
@@ -133,18 +131,18 @@ class OrionMSP(System):
     def _call(  # type: ignore[override]
         self, query: jax.Array, key: jax.Array, value: jax.Array, links: jax.Array
     ) -> jax.Array:
-        query, key, value = map(jnp.asarray, (query, key, value))
-        scale = check_attention(query, key, value, self.scale)
+        query, key, value = self._checked(query, key, value)
         batch, num_tokens, num_heads, _ = query.shape
         num_tiles = -(-num_tokens // _TILE)
         every_tile = LevelMap(jnp.ones((batch, num_heads, num_tiles, num_tiles), jnp.int8), _TILE, _TILE)
         whole = whole_rows(query, key, block_size=_TILE, is_causal=False)
         place = jnp.arange(num_tokens, dtype=jnp.int32)
         is_special, none = place < self.num_special, jnp.zeros_like(place)
+        scale, implementation = self.factor(query), self.implementation
 
         def attend_interval(start: jax.Array, stop: jax.Array) -> Partial:  # both [tokens]
             start, stop = (jnp.broadcast_to(bound[None], (batch, num_tokens)) for bound in (start, stop))
-            blocks, implementation = dataclasses.replace(whole, start=start, stop=stop), self.implementation
+            blocks = dataclasses.replace(whole, start=start, stop=stop)
             return attend_levels(query, key, value, every_tile, blocks, scale=scale, implementation=implementation)
 
         near = attend_interval(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels.blocks import Arrays
 from sparse_attn.attend.backends import Implementation
 from sparse_attn.attend.partial import Partial
 from sparse_attn.checks import check_arrays, check_attention, check_integers, check_scale, check_self_attention
@@ -109,17 +110,20 @@ class System:
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        if segment_ids is None and seq_lengths is None:
-            return self._call(query, key, value)
         return by_sequence(lambda _, *arrays: self._call(*arrays), (query, key, value), segment_ids, seq_lengths)
 
     @splits_over_mesh(whole=lambda self: self.whole)
     def _call(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        query, key, value = self._checked(query, key, value)
+        levels = self._select(*jax.lax.stop_gradient((query, key)))
+        return self._attend(query, key, value, levels).output().astype(query.dtype)
+
+    def _checked(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Arrays:
+        """The arrays of a call, checked."""
         query, key, value = map(jnp.asarray, (query, key, value))
         check_attention(query, key, value, self.scale)
         self.check(query, key)
-        levels = self._select(*jax.lax.stop_gradient((query, key)))
-        return self._attend(query, key, value, levels).output().astype(query.dtype)
+        return query, key, value
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         """`select` of checked arrays."""
@@ -139,6 +143,7 @@ def by_sequence(
     seq_lengths: ArrayLike | None,
 ) -> jax.Array:
     """call(row, *arrays) of every sequence in packed or padded rows by itself, put back in place; zeros for padding.
+    Without segment_ids and seq_lengths one call of all rows.
 
     A choice by tiles depends on where a sequence begins and how long it is, often through numbers of blocks that are
     shapes. So each sequence is cut out, of its own length, and the program grows with the number of sequences.
@@ -153,6 +158,8 @@ def by_sequence(
       ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced; the
         arrays are not of one length.
     """
+    if segment_ids is None and seq_lengths is None:
+        return call(slice(None), *arrays)
     query = arrays[0]
     given = {"segment_ids": (segment_ids, query.shape[:2]), "seq_lengths": (seq_lengths, query.shape[:1])}
     known = {}
