@@ -23,7 +23,7 @@ from sparse_attn.systems.pbs_attention import PBSAttention
 from sparse_attn.systems.pisa import PISA
 from sparse_attn.systems.prism import Prism
 from sparse_attn.systems.proxy_attention import ProxyAttention
-from sparse_attn.systems.psa import PSA, draw_offsets
+from sparse_attn.systems.psa import PSA
 from sparse_attn.systems.rectified import RectifiedSpaAttn
 from sparse_attn.systems.sale import SALE
 from sparse_attn.systems.sla import SLA
@@ -71,6 +71,7 @@ def every_system(query: jax.Array, key: jax.Array) -> dict[str, Callable[..., ja
     """Each system as a function of query `[batch, TOKENS, heads, 8]`, key and value, whatever else it takes drawn."""
     batch, tokens, heads, head_dim = query.shape
     draw = functools.partial(jax.random.normal, jax.random.key(7))
+    values = make_values(heads)
     arrays: dict[str, dict[str, Any]] = {
         "block_attention": {"segment_lengths": jnp.tile(jnp.array([[20, 9, 19]]), (batch, 1))},
         "block_rank": {"is_valid": jnp.ones((batch, tokens), bool)},
@@ -78,10 +79,9 @@ def every_system(query: jax.Array, key: jax.Array) -> dict[str, Callable[..., ja
         "dsa": {"indexer": Indexer(draw((batch, tokens, 2, 4)), draw((batch, tokens, 4)), draw((batch, tokens, 2)))},
         "flash_moba": {"kernel": 0.1 * draw((3, key.shape[2], head_dim))},
         "nsa": {"gates": draw((batch, tokens, heads, 3))},
-        "psa": {"offsets": draw_offsets(jax.random.key(8), query, key, query_block_size=8, key_block_size=32)},
+        "psa": {"offsets": values["psa"].draw_offsets(jax.random.key(8), query, key)},
         "sla": {"projection": draw((head_dim, head_dim)), "bias": draw((head_dim,))},
     }
-    values = make_values(heads)
 
     def decode(query: jax.Array, key: jax.Array, value: jax.Array, **rows: Any) -> jax.Array:
         """One token, at a layer that selects."""
