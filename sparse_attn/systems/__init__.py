@@ -1,11 +1,15 @@
 """Block-sparse attention systems, one short file each, written over one grammar (`sparse_attn.grammar`).
 
-Every module has the same three names, and a function more where the system has one:
+A system is a frozen value that holds hyperparameters and is called like a function:
 
-    RECIPE       what the system is made of, in words
-    select       query, key and options -> the choice: a `LevelMap` (per tile) or a `BlockSelection` (per token)
-    attention    query, key, value and options -> array like query
+    from sparse_attn.systems.prism import Prism
 
-Arrays are `[batch, sequence, heads, head_dim]` and keyword names are those of `sparse_attn.moba_attention`. Rows are
-whole sequences: a caller with packed or padded rows splits them first, except in MoBA and FlashMoBA.
+    attention = Prism(high_threshold=0.9)
+    output = attention(query, key, value)     # array like query
+    choice = attention.select(query, key)     # a `LevelMap` (per tile) or a `BlockSelection` (per token)
+
+Arrays are `[batch, sequence, heads, head_dim]`. Arrays that belong to a system, such as gates, follow value. Packed or
+padded rows: `segment_ids` and `seq_lengths`, which most systems must know when they are traced. The base is
+`sparse_attn.systems.system.System`; `docs/systems.md` has a card for every class that `find_systems` of
+`sparse_attn.systems.__main__` lists.
 """

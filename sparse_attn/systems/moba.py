@@ -36,6 +36,7 @@ class MoBA:
 
     paper = "2502.13189"
     is_trainable = True
+    traces_sequences = True
 
     def __post_init__(self) -> None:
         check_positive("block_size", self.block_size)

@@ -38,6 +38,7 @@ class System:
       implementation: of the exact attention, as in `moba_attention`.
       paper: arXiv number.
       is_trainable: whether gradients are part of the published system and tested here.
+      traces_sequences: whether segment_ids and seq_lengths may be traced.
     """
 
     scale: float | None = None
@@ -45,6 +46,7 @@ class System:
 
     paper: ClassVar[str]
     is_trainable: ClassVar[bool] = False
+    traces_sequences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -143,8 +145,6 @@ def by_sequence(
     """call(row, *arrays) of every sequence in packed or padded rows by itself, put back in place; zeros for padding.
     Without segment_ids and seq_lengths one call of all rows.
 
-    Rows that are neither packed nor padded go through one call together, with row `slice(None)`.
-
     A choice by tiles depends on where a sequence begins and how long it is, often through numbers of blocks that are
     shapes. So each sequence is cut out, of its own length, and the program grows with the number of sequences.
 
@@ -155,7 +155,8 @@ def by_sequence(
       seq_lengths: int `[batch]`, or None.
 
     Raises:
-      ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced.
+      ValueError: segment_ids or seq_lengths has a wrong shape or dtype, or is not known when the call is traced; the
+        arrays are not of one length.
     """
     if segment_ids is None and seq_lengths is None:
         return call(slice(None), *arrays)
@@ -171,6 +172,11 @@ def by_sequence(
         with jax.ensure_compile_time_eval():
             array = check_integers(name, array, shape)
         known[name] = None if array is None else np.asarray(array)
+    shapes = [array.shape for array in arrays]
+    if len({shape[:2] for shape in shapes}) > 1:
+        raise ValueError(
+            f"segment_ids and seq_lengths are those of self-attention: arrays must begin alike, got shapes {shapes}"
+        )
     ids = np.zeros(query.shape[:2], int) if known["segment_ids"] is None else known["segment_ids"]
     lengths = np.full(len(ids), ids.shape[1]) if known["seq_lengths"] is None else known["seq_lengths"]
     output = None

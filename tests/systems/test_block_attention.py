@@ -1,18 +1,18 @@
 """Block-Attention against loops in float64, and a passage's reused cache against recomputing the passage in place."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import block_attention
+from sparse_attn.keys import rotate
+from sparse_attn.systems.block_attention import BlockAttention
 from tests import oracle
 from tests.cases import assert_close
 
 LENGTHS = np.array([[9, 0, 14, 7], [3, 20, 4, 10]], np.int32)  # the first row has a passage less and 7 tokens padding
 TILES = {"query_block_size": 8, "key_block_size": 4}
+SMALL = BlockAttention(**TILES)
 
 
 def draw(queries=37, dtype=np.float32, seed=0):
@@ -40,9 +40,9 @@ def test_equals_loops_with_values_and_gradients(queries, strict_ranks):
 
     @jax.jit
     def attend(query, key, value):
-        call = functools.partial(block_attention.attention, segment_lengths=LENGTHS, **TILES, scale=0.7)
-        output, pullback = jax.vjp(call, query, key, value)
-        levels = block_attention.select(query, key, LENGTHS, **TILES)
+        attention = BlockAttention(**TILES, scale=0.7)
+        output, pullback = jax.vjp(lambda *arrays: attention(*arrays, LENGTHS), query, key, value)
+        levels = attention.select(query, key, LENGTHS)
         return levels.to_mask(), output, *pullback(d_output)
 
     expected, gradients = oracle.attention(query, key, value, mask, scale=0.7, d_output=d_output)
@@ -56,7 +56,7 @@ def test_equals_loops_with_values_and_gradients(queries, strict_ranks):
 
 def test_dtype_padding_and_rows():
     query, key, value = draw(dtype=jnp.bfloat16)
-    attend = jax.jit(block_attention.attention)
+    attend = jax.jit(BlockAttention())
     output = attend(query, key, value, LENGTHS)
     assert output.dtype == jnp.bfloat16
     assert_close(output, oracle.attention(query, key, value, expected_mask()), "bfloat16")
@@ -83,9 +83,9 @@ def test_a_reused_passage_equals_one_recomputed_in_place():
         query, *own = ((hidden @ w).reshape(1, -1, 4, 8) for w in weight)
         key, value = (jnp.concatenate([pair[i] for pair in (*cached, own)], axis=1) for i in (0, 1))
         positions = jnp.arange(key.shape[1])[None]
-        query = block_attention.rotate(query, theta, positions[:, -query.shape[1] :])
-        key = block_attention.rotate(key, theta, positions)
-        return hidden + block_attention.attention(query, key, value, lengths, **TILES).reshape(hidden.shape), own
+        query = rotate(query, theta, positions[:, -query.shape[1] :])
+        key = rotate(key, theta, positions)
+        return hidden + SMALL(query, key, value, lengths).reshape(hidden.shape), own
 
     def run(hidden, lengths, cache):
         own = []
@@ -106,19 +106,22 @@ def test_a_reused_passage_equals_one_recomputed_in_place():
 def test_keys_cached_after_rotation_move_by_the_difference():
     key = np.random.default_rng(3).standard_normal((1, 6, 2, 8)).astype(np.float32)
     first, then = np.arange(6)[None], np.arange(6)[None] + 17
-    rotate = jax.jit(lambda array, positions: block_attention.rotate(array, 100.0, positions))
-    moved = rotate(rotate(key, first), then - first)
-    assert_close(moved, rotate(key, then), "float32")
-    assert_close(rotate(moved, -then), key, "float32")
+    turn = jax.jit(lambda array, positions: rotate(array, 100.0, positions))
+    moved = turn(turn(key, first), then - first)
+    assert_close(moved, turn(key, then), "float32")
+    assert_close(turn(moved, -then), key, "float32")
 
 
 def test_bad_arguments_are_named():
     query, key, value = draw()
     with pytest.raises(ValueError, match="segment_lengths"):
-        block_attention.attention(query, key, value, LENGTHS[0])
+        SMALL(query, key, value, LENGTHS[0])
     with pytest.raises(ValueError, match="segment_lengths"):
-        block_attention.attention(query, key, value, LENGTHS.astype(np.float32))
+        SMALL(query, key, value, LENGTHS.astype(np.float32))
     with pytest.raises(ValueError, match="query_block_size"):
-        block_attention.attention(query, key, value, LENGTHS, query_block_size=0)
+        BlockAttention(query_block_size=0)
     with pytest.raises(ValueError, match="value"):
-        block_attention.attention(query, key, value[:, 1:], LENGTHS)
+        SMALL(query, key, value[:, 1:], LENGTHS)
+    for name, rows in {"segment_ids": np.zeros((2, 37), int), "seq_lengths": np.array([30, 37])}.items():
+        with pytest.raises(ValueError, match=f"{name} must be None: segment_lengths says"):
+            SMALL(query, key, value, LENGTHS, **{name: rows})

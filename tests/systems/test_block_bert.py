@@ -1,13 +1,12 @@
 """BlockBERT against loops in float64: permutations, ragged blocks, tiles inside blocks, gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparse_attn.systems import block_bert
+from sparse_attn.systems.block_bert import BlockBERT, shifts
 from tests import oracle
 from tests.cases import assert_close
 
@@ -37,9 +36,9 @@ def test_equals_loops_with_gradients(tokens, largest_tile, strict_ranks, monkeyp
 
     @jax.jit
     def attend(query, key, value):
-        call = functools.partial(block_bert.attention, permutations=PERMUTATIONS, scale=0.7)
-        output, pullback = jax.vjp(call, query, key, value)
-        return block_bert.select(query, key, permutations=PERMUTATIONS), output, *pullback(d_output)
+        attention = BlockBERT(permutations=PERMUTATIONS, scale=0.7)
+        output, pullback = jax.vjp(attention, query, key, value)
+        return attention.select(query, key), output, *pullback(d_output)
 
     levels, *results = attend(query, key, value)
     mask = expected_mask(tokens)
@@ -51,13 +50,13 @@ def test_equals_loops_with_gradients(tokens, largest_tile, strict_ranks, monkeyp
 
 
 def test_shifts():
-    assert block_bert.shifts((2, 1, 1)) == ((0, 1, 2), (0, 1, 2), (1, 2, 0), (2, 0, 1))
-    assert block_bert.DEFAULT_PERMUTATIONS == ((0, 1),) * 10 + ((1, 0),) * 2
+    assert shifts((2, 1, 1)) == ((0, 1, 2), (0, 1, 2), (1, 2, 0), (2, 0, 1))
+    assert BlockBERT().permutations == ((0, 1),) * 10 + ((1, 0),) * 2
 
 
 def test_dtype_and_rows():
     query, key, value = draw(25, jnp.bfloat16)
-    attend = jax.jit(functools.partial(block_bert.attention, permutations=PERMUTATIONS))
+    attend = jax.jit(BlockBERT(permutations=PERMUTATIONS))
     output = attend(query, key, value)
     assert output.dtype == jnp.bfloat16
     assert_close(output, oracle.attention(query, key, value, expected_mask(25)), "bfloat16")
@@ -70,8 +69,8 @@ def test_bad_arguments_are_named():
     query, key, value = draw(24)
     for permutations in (PERMUTATIONS[:3], ((0, 1),) * 3 + ((1, 1),), ((0, 1),) * 3 + ((0, 1, 2),), ()):
         with pytest.raises(ValueError, match="permutations must hold"):
-            block_bert.attention(query, key, value, permutations=permutations)
+            BlockBERT(permutations=permutations)(query, key, value)
     with pytest.raises(ValueError, match="empty with 5 tokens"):
-        block_bert.attention(query[:, :5], key[:, :5], value[:, :5], permutations=((0, 1, 2, 3),) * 4)
+        BlockBERT(permutations=((0, 1, 2, 3),) * 4)(query[:, :5], key[:, :5], value[:, :5])
     with pytest.raises(ValueError, match="key must have"):
-        block_bert.attention(query, key[:, 1:], value[:, 1:], permutations=PERMUTATIONS)
+        BlockBERT(permutations=PERMUTATIONS)(query, key[:, 1:], value[:, 1:])

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_attn.systems import block_rank
+from sparse_attn.systems.block_rank import BlockRank, auxiliary_loss
 from tests import oracle
 from tests.cases import assert_close
 
 BLOCK, BLOCKS = 6, 5  # instruction, three documents, query
+RANK = BlockRank(block_size=BLOCK)
 
 
 def draw(dtype=np.float32, seed=0):
@@ -26,9 +27,10 @@ def draw(dtype=np.float32, seed=0):
 
 def expected_mask(valid):
     """bool [batch, heads, tokens, tokens] by the rules, pair by pair."""
-    mask = np.zeros((2, 4, BLOCK * BLOCKS, BLOCK * BLOCKS), bool)
-    for row, t, s in np.ndindex(2, *mask.shape[2:]):
-        reads = s // BLOCK in (0, t // BLOCK) or t // BLOCK == BLOCKS - 1
+    rows, tokens = valid.shape
+    mask = np.zeros((rows, 4, tokens, tokens), bool)
+    for row, t, s in np.ndindex(rows, tokens, tokens):
+        reads = s // BLOCK in (0, t // BLOCK) or t // BLOCK == tokens // BLOCK - 1
         mask[row, :, t, s] = reads and s <= t and valid[row, t] and valid[row, s]
     return mask
 
@@ -46,8 +48,8 @@ def test_attention_equals_loops_with_gradients(strict_ranks):
 
     @jax.jit
     def attend(query, key, value):
-        call = functools.partial(block_rank.attention, is_valid=valid, block_size=BLOCK, scale=0.7)
-        output, pullback = jax.vjp(call, query, key, value)
+        attention = BlockRank(block_size=BLOCK, scale=0.7)
+        output, pullback = jax.vjp(lambda *arrays: attention(*arrays, valid), query, key, value)
         return output, *pullback(d_output)
 
     expected, gradients = oracle.attention(query, key, value, expected_mask(valid), scale=0.7, d_output=d_output)
@@ -57,7 +59,7 @@ def test_attention_equals_loops_with_gradients(strict_ranks):
 
 def test_dtype_padding_and_rows():
     query, key, value, valid = draw(jnp.bfloat16)
-    attend = jax.jit(functools.partial(block_rank.attention, block_size=BLOCK))
+    attend = jax.jit(RANK)
     output = attend(query, key, value, valid)
     assert output.dtype == jnp.bfloat16
     assert_close(output, oracle.attention(query, key, value, expected_mask(valid)), "bfloat16")
@@ -65,6 +67,22 @@ def test_dtype_padding_and_rows():
         array[~valid] = np.nan
         array[0, :BLOCK] = 7
     np.testing.assert_array_equal(attend(query, key, value, valid)[1], output[1])
+
+
+def test_packed_prompts_equal_each_prompt_alone():
+    query, key, value, valid = draw()
+    ids, lengths = np.repeat([[2, 1], [5, 5]], [2 * BLOCK, 3 * BLOCK], axis=1), np.array([5 * BLOCK, 4 * BLOCK])
+    arrays = [np.array(array) for array in (query, key, value)]
+    for array in arrays:
+        array[1, 4 * BLOCK :] = np.nan
+    output = jax.jit(lambda *x: RANK(*x, segment_ids=ids, seq_lengths=lengths))(*arrays, valid)
+    for row, sequence in ((0, slice(0, 12)), (0, slice(12, 30)), (1, slice(0, 24))):
+        *alone, is_real = (array[row : row + 1, sequence] for array in (query, key, value, valid))
+        alone = oracle.attention(*alone, expected_mask(is_real))
+        assert_close(output[row : row + 1, sequence], alone, "float32")
+    np.testing.assert_array_equal(output[1, 4 * BLOCK :], 0)
+    with pytest.raises(ValueError, match="block_size must divide the 5 tokens"):
+        RANK(query, key, value, valid, seq_lengths=np.array([5, 5]))
 
 
 def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0.05):
@@ -87,9 +105,9 @@ def definition(query, key, mask, labels, positives, *, num_last=4, temperature=0
 
 @functools.partial(jax.jit, static_argnums=4)
 def compute(query, key, valid, positives, num_last=4):
-    logits = block_rank.last_query_logits(query, key, valid, block_size=BLOCK, num_last_queries=num_last)
-    documents = block_rank.document_logits(logits, labels(), block_size=BLOCK)
-    return documents, block_rank.auxiliary_loss(documents, positives)
+    rank = BlockRank(block_size=BLOCK, num_last_queries=num_last)
+    documents = rank.document_logits(rank.last_query_logits(query, key, valid), labels())
+    return documents, auxiliary_loss(documents, positives)
 
 
 value_and_gradients = jax.jit(jax.value_and_grad(lambda *x: compute(*x)[::-1], (0, 1), has_aux=True))
@@ -114,8 +132,8 @@ def test_documents_loss_and_its_gradients(positives, strict_ranks):
 
 def test_logits_are_those_of_the_last_queries():
     query, key, _, valid = draw()
-    call = functools.partial(block_rank.last_query_logits, block_size=BLOCK, num_last_queries=99, scale=0.5)
-    logits = jax.jit(call)(query, key, valid)
+    rank = BlockRank(block_size=BLOCK, num_last_queries=99, scale=0.5)
+    logits = jax.jit(rank.last_query_logits)(query, key, valid)
     expected = 0.5 * np.einsum("bthd,bshd->bhts", query[:, -BLOCK:], key.repeat(2, 2), dtype=np.float64)
     seen = expected_mask(valid)[:, :, -BLOCK:]
     np.testing.assert_array_equal(np.isneginf(logits), ~seen)
@@ -127,7 +145,7 @@ def test_missing_signal_tokens_are_nan_and_numbers_of_no_document_are_padding():
     documents, _ = compute(query, key, valid, np.array([[0], [1]], np.int32), num_last=3)
     assert not np.isnan(documents[0]).any()
     assert np.isnan(documents[1]).all()  # the label stands first among three, without the token before
-    loss = jax.jit(block_rank.auxiliary_loss)
+    loss = jax.jit(auxiliary_loss)
     first, second = (loss(documents[:1], np.array([x], np.int32)) for x in ([1, 3, -1], [1, 1, 1]))
     assert first == second > 0
 
@@ -135,18 +153,14 @@ def test_missing_signal_tokens_are_nan_and_numbers_of_no_document_are_padding():
 def test_bad_arguments_are_named():
     query, key, value, valid = draw()
     for name, call in {
-        "block_size": lambda: block_rank.attention(query, key, value, valid, block_size=7),
-        "is_valid": lambda: block_rank.attention(query, key, value, valid[:, 1:], block_size=BLOCK),
-        "key must have": lambda: block_rank.attention(query, key[:, 6:], value[:, 6:], valid, block_size=BLOCK),
-        "num_last_queries": lambda: block_rank.last_query_logits(
-            query, key, valid, block_size=BLOCK, num_last_queries=0
-        ),
-        "labels": lambda: block_rank.document_logits(np.zeros((2, 4, 3, 30)), labels()[:, 1:], block_size=BLOCK),
-        "3 blocks": lambda: block_rank.document_logits(np.zeros((2, 4, 3, 30)), labels(), block_size=15),
-        "temperature": lambda: block_rank.document_logits(
-            np.zeros((2, 4, 3, 30)), labels(), block_size=BLOCK, temperature=0
-        ),
-        "positives": lambda: block_rank.auxiliary_loss(np.zeros((2, 3)), np.zeros((2, 1))),
+        "block_size": lambda: BlockRank(block_size=7)(query, key, value, valid),
+        "is_valid": lambda: RANK(query, key, value, valid[:, 1:]),
+        "key must have": lambda: RANK(query, key[:, 6:], value[:, 6:], valid),
+        "num_last_queries": lambda: BlockRank(num_last_queries=0),
+        "labels": lambda: RANK.document_logits(np.zeros((2, 4, 3, 30)), labels()[:, 1:]),
+        "3 blocks": lambda: BlockRank(block_size=15).document_logits(np.zeros((2, 4, 3, 30)), labels()),
+        "temperature": lambda: BlockRank(temperature=0),
+        "positives": lambda: auxiliary_loss(np.zeros((2, 3)), np.zeros((2, 1))),
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
