@@ -323,4 +323,3 @@ def measure_system(
         "select_ms": median_ms(select),
         "total_ms": median_ms(attend),
     }
-

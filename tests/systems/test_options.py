@@ -1,7 +1,6 @@
 """Options that the authors' codes have beyond their defaults, by loops in float64."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
