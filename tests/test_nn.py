@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from sparse_attn.nn.sliding_window import rotate
 
 import sparse_attn
 from sparse_attn import nn
+from sparse_attn.keys import rotate
 from tests import cases, oracle
 from tests.test_keys import convolve
 from tests.test_window import attend as attend_window

@@ -19,8 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.config import MosaicConfig
 from pallas_kernels.gpu import mosaic_backward, mosaic_forward, mosaic_tiles
+from sparse_attn.attend.backends import MosaicKernels
+from sparse_attn.layout import whole_rows
+from tests import attend
 from tests.cases import Case
-from tests.gpu.test_attend import attend, check_gradients, check_results, inputs, run
 
 if jax.__version_info__ < (0, 11):
     pytest.skip("the Mosaic interpreter of jax 0.10 knows no slice that starts at a number", allow_module_level=True)
@@ -123,9 +125,9 @@ CASES = (
 )
 
 
-def options(case):
+def backend(case):
     config = {"by_xla": BY_XLA, "mutant": ONE_PROGRAM, "many_tiles": THREE_SLOTS}.get(case.name, SMALL)
-    return {"config": config, "interpret": not ON_GPU and plgpu.InterpretGPUParams(detect_races=True)}
+    return MosaicKernels(config, interpret=not ON_GPU and plgpu.InterpretGPUParams(detect_races=True))
 
 
 def replace_products_and_copies(patch, *modules):
@@ -141,7 +143,7 @@ def actual(case):
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
             replace_products_and_copies(patch, mosaic_forward, mosaic_backward)
-        return run(case, **options(case))
+        return attend.run(case, backend(case))
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -149,12 +151,12 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 @every_case
 def test_outputs_and_log_sum_exp_are_those_of_the_oracle(case):
-    check_results(case, *actual(case)[:2])
+    attend.check_results(case, *actual(case)[:2])
 
 
 @every_case
 def test_gradients_are_those_of_the_oracle(case):
-    check_gradients(case, actual(case)[2])
+    attend.check_gradients(case, actual(case)[2])
 
 
 @pytest.mark.skipif(ON_GPU, reason="races are seen by the interpreter alone")
@@ -168,23 +170,19 @@ def test_a_kernel_that_does_not_wait_for_a_free_slot_is_caught(monkeypatch):
     monkeypatch.setattr(mosaic_forward, "attend_forward", mutant.attend_forward)
     # One block of about four tiles: with several blocks the wait for a free block would hide the lack.
     case = Case("mutant", 1, 400, 8, kv_heads=1, top_k=1, is_causal=False, dtype="bfloat16")
-    arrays, sequences, selection = inputs(case)
     try:
         with pytest.raises(Exception, match="RACE DETECTED"):
-            jax.block_until_ready(attend(case, arrays, selection, sequences, **options(case))[0])
+            attend.run(case, backend(case))
     finally:
         interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
 def test_what_the_kernels_cannot_do_is_said():
-    number = jnp.zeros((1, 1), jnp.int32)
-    options = {"block_start": number, "block_length": number, "key_stop": number, "block_size": 16}
     for dtype, head_dim, reason in (("float32", 64, "float32"), ("bfloat16", 129, "head_dim=129")):
         array = jnp.zeros((1, 1, 1, head_dim), dtype)
+        blocks = whole_rows(array, array, block_size=16, is_causal=True)
         with pytest.raises(NotImplementedError, match=reason):
-            mosaic_forward.attend_forward(
-                array, array, array, number[None, None], **options, is_packed=False, scale=1.0
-            )
+            mosaic_forward.attend_forward((array,) * 3, jnp.zeros((1, 1, 1, 1), jnp.int32), blocks, scale=1.0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (32, 128), (128, 128)])

@@ -1,4 +1,4 @@
-"""Which implementation a call gets on a TPU."""
+"""Which backend runs is settled for the platform that a program is compiled for, wherever it is traced."""
 
 import jax
 import jax.numpy as jnp
@@ -6,47 +6,80 @@ import numpy as np
 import pytest
 
 import sparse_attn
-from sparse_attn import pallas
+from sparse_attn.attend.backends import TpuKernels, resolve
+from sparse_attn.attend.choice import PerTile
+from sparse_attn.grammar.attend import attend_levels
+from sparse_attn.layout import whole_rows
 from sparse_attn.selection import LevelMap
-from sparse_attn.tiles import attend_tiles
-from sparse_attn.visibility import make_visibility
 from tests import cases, oracle
 
+OPTIONS = {"block_size": 128, "top_k": 2, "is_causal": True}
+SHAPE = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16)
 
-@pytest.fixture
-def on_tpu(monkeypatch):
-    """The library believes that it runs on a TPU."""
+
+def program(platforms, implementation=None, dtype=jnp.bfloat16, gradient=False):
+    """The text of MoBA exported for the platforms, from here."""
+    shape = jax.ShapeDtypeStruct(SHAPE.shape, dtype)
+
+    def attend(*arrays):
+        return sparse_attn.moba_attention(*arrays, **OPTIONS, implementation=implementation)
+
+    def differentiate(*arrays):
+        return jax.grad(lambda *arrays: attend(*arrays).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)
+
+    return jax.export.export(jax.jit(differentiate if gradient else attend), platforms=platforms)(*[shape] * 3)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_program_for_a_tpu_has_its_kernels_by_default_and_by_name(gradient):
+    for implementation in (None, "pallas", TpuKernels()):
+        assert "tpu_custom_call" in program(["tpu"], implementation, gradient=gradient).mlir_module()
+    assert "tpu_custom_call" not in program(["tpu"], "xla", gradient=gradient).mlir_module()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
+def test_a_program_for_another_platform_has_none(platform):
+    assert "custom_call @tpu" not in program([platform]).mlir_module()
+
+
+def test_one_program_serves_several_platforms():
+    exported = program(["cpu", "tpu", "cuda"], dtype=jnp.float32)
+    assert "tpu_custom_call" in exported.mlir_module()
+    arrays = np.random.default_rng(0).standard_normal((3, *SHAPE.shape)).astype(np.float32)
+    cases.assert_close(exported.call(*arrays), oracle.moba(*arrays, **OPTIONS), "float32")  # on a CPU
+
+
+def test_the_host_does_not_decide(monkeypatch):
+    """On a machine that has a TPU, a computation placed on its CPU runs there, and CPU programs have no kernels."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "tpu_custom_call" not in program(["cpu"]).mlir_module()
+    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 48, 2, 64)).astype(np.float32)
+    options = {"block_size": 16, "top_k": 2, "is_causal": True}
+    output = jax.jit(lambda *arrays: sparse_attn.moba_attention(*arrays, **options))(query, key, value)
+    cases.assert_close(output, oracle.moba(query, key, value, **options), "float32")
 
 
-def arguments(dtype):
-    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 48, 2, 64)).astype(dtype)
-    return {"query": query, "key": key, "value": value, "block_size": 16, "top_k": 2}
-
-
-@pytest.mark.parametrize("implementation", [None, "pallas"])
-def test_the_kernels_are_taken_by_default_and_by_name(on_tpu, monkeypatch, implementation):
-    def refuse(*args, **options):
-        raise AssertionError("the kernel was called")
-
-    for name in ("route", "attend"):
-        with monkeypatch.context() as patch:
-            patch.setattr(pallas, name, refuse)
-            if name == "attend":
-                patch.setattr(pallas, "route", lambda query, *_, **__: jnp.zeros((1, 2, 48, 2), jnp.int32))
-            with pytest.raises(AssertionError, match="the kernel was called"):
-                sparse_attn.moba_attention(**arguments("float32"), implementation=implementation)
-
-
-def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named(on_tpu):
-    inputs = arguments("float16")
+def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named():
+    assert "tpu_custom_call" not in program(["tpu"], dtype=jnp.float16).mlir_module()
     with pytest.raises(NotImplementedError, match="float16"):
-        sparse_attn.moba_attention(**inputs, implementation="pallas")
-    output = jax.jit(lambda arrays: sparse_attn.moba_attention(**arrays, block_size=16, top_k=2))(
-        {name: inputs[name] for name in ("query", "key", "value")}
-    )
-    want = oracle.moba(*(inputs[name] for name in ("query", "key", "value")), block_size=16, top_k=2)
-    cases.assert_close(output, want, "float16")
+        program(["tpu"], "pallas", dtype=jnp.float16)
+    with pytest.raises(NotImplementedError, match="TpuKernels cannot run on cpu"):
+        program(["cpu"], TpuKernels())
+
+
+def test_tracing_on_a_cpu_imports_no_kernels():
+    import subprocess
+    import sys
+
+    code = """
+    import sys, jax, jax.numpy as jnp, sparse_attn
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    jax.jit(lambda x: sparse_attn.moba_attention(x, x, x, block_size=64, top_k=2, is_causal=True)).lower(x)
+    print([name for name in sys.modules if name.startswith(("pallas_kernels.tpu", "pallas_kernels.gpu"))])
+    """
+    code = "\n".join(line.strip() for line in code.strip().splitlines())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.timeout(120)
@@ -54,13 +87,15 @@ def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
     random = np.random.default_rng(0)
     query, d_output = random.standard_normal((2, 1, 200, 1, 64)).astype(np.float32)
     key, value = random.standard_normal((2, 1, 256, 1, 64)).astype(np.float32)
-    chosen = np.array([[[[True, False], [False, True]]]])
-    visibility = make_visibility(query, key, is_causal=True)
+    levels = LevelMap(jnp.array([[[[1, 0], [0, 1]]]], jnp.int8), 128, 128)
+    blocks = whole_rows(query, key, block_size=128, is_causal=True)
+    backend = TpuKernels(interpret=interpret)
 
     def attend(query, key, value):
-        return pallas.attend_tiles(query, key, value, chosen, visibility, 128, 128, 0.2, interpret)[0]
+        return attend_levels(query, key, value, levels, blocks, scale=0.2, implementation=backend).output()
 
     output, pull_back = jax.vjp(attend, query, key, value)
+    chosen = np.asarray(levels.to_mask())
     mask = chosen.repeat(128, 2).repeat(128, 3)[:, :, :200] & (np.arange(256) <= np.arange(200)[:, None] + 56)
     want, want_gradients = oracle.attention(query, key, value, mask, scale=0.2, d_output=d_output)
     cases.assert_close(output, want, "float32")
@@ -68,11 +103,29 @@ def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
         cases.assert_close(actual, expected, "float32")
 
 
-def test_tiles_take_the_kernels_on_a_tpu_and_xla_for_what_they_refuse(on_tpu, monkeypatch):
-    query, key, value = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 64)).astype(np.float32)
-    visibility = make_visibility(query, key, is_causal=True)
-    levels = LevelMap(np.ones((1, 2, 4, 4), np.int8), 8, 8)  # blocks below the kernels' smallest
-    want = oracle.attention(query, key, value, np.tri(32, dtype=bool) & np.ones((1, 2, 1, 1), bool), scale=0.2)
-    cases.assert_close(attend_tiles(query, key, value, levels, visibility, scale=0.2).output(), want, "float32")
-    monkeypatch.setattr(pallas, "attend_tiles", lambda *_: (query, np.zeros((1, 32, 2), np.float32)))
-    np.testing.assert_array_equal(attend_tiles(query, key, value, levels, visibility, scale=0.2).output(), query)
+def test_tiles_take_the_kernels_on_a_tpu_and_xla_for_what_they_refuse():
+    shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+
+    def compiled(block_size, **weight):
+        def attend(query, key, value):
+            number = 256 // block_size
+            levels = LevelMap(jnp.ones((1, 2, number, number), jnp.int8), block_size, block_size)
+            blocks = whole_rows(query, key, block_size=block_size, is_causal=True)
+            return attend_levels(query, key, value, levels, blocks, scale=0.2, **weight).output()
+
+        return jax.export.export(jax.jit(attend), platforms=["tpu"])(shape, shape, shape).mlir_module()
+
+    assert "tpu_custom_call" in compiled(64)
+    assert "tpu_custom_call" not in compiled(8)
+    assert "tpu_custom_call" not in compiled(64, key_log_weight=jnp.zeros((1, 256, 2)))
+
+
+def test_a_backend_says_beforehand_what_it_refuses_for_both_passes():
+    array = jnp.zeros((1, 64, 1, 48))
+    choice = PerTile(jnp.ones((1, 1, 8, 8), bool), whole_rows(array, array, block_size=8, is_causal=True), None, 8)
+    arrays = array, array, array
+    assert "key_block_size=8" in TpuKernels().refuses(arrays, choice) or "query_block_size=8" in TpuKernels().refuses(
+        arrays, choice
+    )
+    assert "per tile" in resolve("mosaic").refuses(arrays, choice)
+    assert resolve(None).refuses(arrays, choice) is None

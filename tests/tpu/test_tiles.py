@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
 from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
 from pallas_kernels.tpu.tile_sides import DEFAULT, NOWHERE, TileConfig
@@ -128,25 +130,27 @@ def dense(case, arrays, scale):
     return output, log_sum_exp.transpose(0, 2, 1), d_query, d_key, d_value
 
 
+def operands(case, arrays):
+    """What `attend_tiles_forward` takes: arrays, lists, geometry, queries of a tile."""
+    start, stop, position = (jnp.asarray(arrays[name]) for name in ("key_start", "key_stop", "key_position"))
+    position = position[..., None] if position.ndim == 2 else position
+    sizes = {"block_size": case.key_block_size, "num_keys": position.shape[1], "is_packed": False}
+    blocks = Blocks(start, stop, position, start, start, start, start, **sizes)
+    return tuple(arrays[name] for name in ("query", "key", "value")), arrays["blocks"], blocks, case.query_block_size
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_are_those_of_dense_masks(case, interpret):
     arrays, scale = make_inputs(case), 1.3 * case.head_dim**-0.5
-    names = ("query", "key", "value", "blocks", "key_start", "key_stop", "key_position")
-    options = {
-        "query_block_size": case.query_block_size,
-        "key_block_size": case.key_block_size,
-        "scale": scale,
-        "config": case.config,
-        "interpret": interpret,
-    }
+    options = {"scale": scale, "config": case.config, "interpret": interpret}
 
     @jax.jit
-    def call(inputs, d_output, d_log_sum_exp):
-        output, log_sum_exp = attend_tiles_forward(*inputs, **options)
-        gradients = attend_tiles_backward(*inputs, output, log_sum_exp, d_output, d_log_sum_exp, **options)
-        return output, log_sum_exp, *gradients
+    def call(arrays):
+        cotangents = arrays["d_output"], arrays["d_log_sum_exp"]
+        results = attend_tiles_forward(*operands(case, arrays), **options)
+        return *results, *attend_tiles_backward(*operands(case, arrays), results, cotangents, **options)
 
-    actual = call([arrays[name] for name in names], arrays["d_output"], arrays["d_log_sum_exp"])
+    actual = call(arrays)
     expected = dense(case, arrays, scale)
     is_empty = np.isneginf(expected[1])
     assert is_empty.any()
@@ -162,9 +166,8 @@ def test_large_logits_of_either_sign_are_exact(interpret):
     case = TileCase("large", 16, 64, 16, 16, 4, heads=1, config=TileConfig(16, 16))
     arrays = make_inputs(case) | {"blocks": np.array([[[[0, 1, 2, 3]]]], np.int32)}
     for scale in (100.0, -100.0):
-        names = ("query", "key", "value", "blocks", "key_start", "key_stop", "key_position")
-        sizes = {"query_block_size": 16, "key_block_size": 16, "config": case.config, "interpret": interpret}
-        output, log_sum_exp = attend_tiles_forward(*(arrays[name] for name in names), scale=scale, **sizes)
+        sizes = {"config": case.config, "interpret": interpret}
+        output, log_sum_exp = attend_tiles_forward(*operands(case, arrays), scale=scale, **sizes)
         mask = make_mask(case, arrays)[0, 0]
         logits = scale * arrays["query"][0, :, 0].astype(np.float64) @ arrays["key"][0, :, 0].T.astype(np.float64)
         largest = np.where(mask, logits, -np.inf).max(-1)
@@ -185,7 +188,5 @@ def test_large_logits_of_either_sign_are_exact(interpret):
 )
 def test_what_the_kernels_cannot_do_is_refused(words, change):
     case = dataclasses.replace(TileCase("refused", 32, 32, 16, 16, 2), **change)
-    arrays, names = make_inputs(case), ("query", "key", "value", "blocks", "key_start", "key_stop", "key_position")
-    sizes = {"query_block_size": case.query_block_size, "key_block_size": case.key_block_size}
     with pytest.raises(NotImplementedError, match=words):
-        attend_tiles_forward(*(arrays[name] for name in names), scale=1.0, **sizes)
+        attend_tiles_forward(*operands(case, make_inputs(case)), scale=1.0)
