@@ -110,7 +110,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
         backward_rows: list[tuple[object, ...]] = []
         for tokens in TOKENS:
             num_blocks = tokens // block_size
-            query = jax.ShapeDtypeStruct((1, tokens, 1, 128), jnp.bfloat16)
+            query: Any = jax.ShapeDtypeStruct((1, tokens, 1, 128), jnp.bfloat16)
             lay_out = functools.partial(whole_rows, block_size=block_size, is_causal=True)
             chunk = plan_chunk(query, query, top_k, jax.eval_shape(lay_out, query, query), KEY_MAJOR)
             assert isinstance(chunk, chunks.Chunk)

@@ -125,8 +125,8 @@ def contestants(config: ComparisonConfig) -> list[Contestant]:
         return lambda x, query, key: Bound(make(x))
 
     def prism(x: float, query: jax.Array, key: jax.Array) -> Bound:
-        sizes = {"high_size": query.shape[3] // 2, "low_size": 3 * query.shape[3] // 4}
-        return Bound(Prism(**one, **sizes, high_threshold=x, low_threshold=x))
+        high, low = query.shape[3] // 2, 3 * query.shape[3] // 4
+        return Bound(Prism(**one, high_size=high, low_size=low, high_threshold=x, low_threshold=x))
 
     def bsfa(x: float, query: jax.Array, key: jax.Array) -> Bound:
         thresholds = BSFA(**both).calibrate(query, key, top_k=count(x))

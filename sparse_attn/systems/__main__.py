@@ -37,7 +37,7 @@ def split_docstring(system: type) -> tuple[str, dict[str, str]]:
 def make_card(system: type) -> str:
     """The card of one system."""
     text, attributes = split_docstring(system)
-    fields = {field.name: field for field in dataclasses.fields(system)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(system)}
 
     def signature(name: str) -> str:
         """The name of a field with its default, if it has one."""

@@ -57,7 +57,7 @@ class BSFA(System):
         check_positive("key_block_size", self.key_block_size)
 
     @splits_over_mesh("bh", thresholds="h")
-    def select(self, query: jax.Array, key: jax.Array, thresholds: ArrayLike) -> LevelMap:
+    def select(self, query: jax.Array, key: jax.Array, thresholds: ArrayLike) -> LevelMap:  # type: ignore[override]
         """The tiles that are attended, without a gradient; arguments as of the call."""
         query, key, thresholds = map(jnp.asarray, (query, key, thresholds))
         self.check(query, key)
@@ -94,8 +94,10 @@ class BSFA(System):
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        arrays = (query, key, value)
-        return by_sequence(lambda _, *arrays: self._call(*arrays, thresholds), arrays, segment_ids, seq_lengths)
+        def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return self._call(query, key, value, thresholds)
+
+        return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
 
     def calibrate(
         self, query: jax.Array, key: jax.Array, *, top_k: int = 64, aggregation: Aggregation = "mean"
@@ -130,7 +132,9 @@ class BSFA(System):
         return jnp.where((is_before.sum(-1) > top_k)[None], midpoint, -jnp.inf)
 
     @splits_over_mesh(thresholds="h")
-    def _call(self, query: jax.Array, key: jax.Array, value: jax.Array, thresholds: ArrayLike) -> jax.Array:
+    def _call(  # type: ignore[override]
+        self, query: jax.Array, key: jax.Array, value: jax.Array, thresholds: ArrayLike
+    ) -> jax.Array:
         query, key, value = map(jnp.asarray, (query, key, value))
         check_attention(query, key, value, self.scale)
         levels = self.select(query, key, thresholds)

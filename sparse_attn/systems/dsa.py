@@ -130,10 +130,11 @@ class DSA:
         if segment_ids is None and seq_lengths is None:
             return self._call(query, key, value, indexer)
         check_self_attention(query, key)
-        arrays = (query, key, value, *indexer)
-        return by_sequence(
-            lambda _, *arrays: self._call(*arrays[:3], Indexer(*arrays[3:])), arrays, segment_ids, seq_lengths
-        )
+
+        def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array, *indexer: jax.Array) -> jax.Array:
+            return self._call(query, key, value, Indexer(*indexer))
+
+        return by_sequence(call, (query, key, value, *indexer), segment_ids, seq_lengths)
 
     @splits_over_mesh(indexer="b")
     def _call(self, query: jax.Array, key: jax.Array, value: jax.Array, indexer: Indexer) -> jax.Array:

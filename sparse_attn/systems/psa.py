@@ -124,8 +124,8 @@ class PSA(System):
           ValueError: an argument has a wrong shape, dtype or value.
         """
 
-        def call(row: slice, *arrays: jax.Array) -> jax.Array:
-            return self._call(*arrays, jax.tree.map(lambda places: places[row], offsets))
+        def call(row: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return self._call(query, key, value, (offsets[0][row], offsets[1][row]))
 
         return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
 

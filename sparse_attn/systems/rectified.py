@@ -103,8 +103,8 @@ class RectifiedSpaAttn(System):
           ValueError: an argument has a wrong shape, dtype or value.
         """
 
-        def call(_: slice, *arrays: jax.Array) -> jax.Array:
-            return self._call(*arrays, forced)
+        def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return self._call(query, key, value, forced)
 
         return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
 
@@ -114,7 +114,7 @@ class RectifiedSpaAttn(System):
         levels = self._select(*jax.lax.stop_gradient((query, key)), forced)
         probability, _ = self.weigh(query, key)
         num_video = query.shape[1] - self.text_length
-        video = [array[:, :num_video] for array in (query, key, value)]
+        video = query[:, :num_video], key[:, :num_video], value[:, :num_video]
         exact = self._attend(*video, levels)
         if self.text_length:
             exact = merge(exact, self._attend_all(video[0], key[:, num_video:], value[:, num_video:]))

@@ -103,8 +103,11 @@ class SALE(System):
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        arrays = (query, key, value)
-        return by_sequence(lambda _, *arrays: self._call(*arrays, thresholds), arrays, segment_ids, seq_lengths)
+
+        def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return self._call(query, key, value, thresholds)
+
+        return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
 
     def calibrate(self, query: jax.Array, key: jax.Array, value: jax.Array, *, error: float = 0.4) -> jax.Array:
         """One layer's thresholds, float32 `[heads]`, from examples of one length, the rows of query, key and value.

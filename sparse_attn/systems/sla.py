@@ -1,7 +1,7 @@
 """SLA: exact attention to the best key blocks plus linear attention, joined by a learned projection."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class SLA(System):
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         """The class of every pair of blocks: 1 critical, 2 marginal, 0 negligible."""
-        sizes = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
+        sizes: dict[str, Any] = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
         scores = score_blocks(query, key, **sizes)
         num_blocks, place = scores.shape[-1], choose.rank(scores)
         levels = jnp.where(place < num_blocks - int(self.negligible * num_blocks), 2, 0)
@@ -142,8 +142,8 @@ class SLA(System):
           ValueError: an argument has a wrong shape, dtype or value.
         """
 
-        def call(_: slice, *arrays: jax.Array) -> jax.Array:
-            return self._call(*arrays, projection, bias)
+        def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            return self._call(query, key, value, projection, bias)
 
         return by_sequence(call, (query, key, value), segment_ids, seq_lengths)
 
