@@ -112,16 +112,11 @@ class AdaSpa(System):
     ) -> jax.Array:
         """Softmax attention, softmax(scale q K^T) V, over the blocks of a search.
 
-        Args:
-          query, key, value, segment_ids, seq_lengths: as in `System`; text tokens at the end of every sequence.
+        Every sequence ends with its text.
+
+        Args, besides those of `System`, which also says what is returned and raised:
           state: the latest search, of this step or an earlier one, whose choice is taken: a search of whole rows, so it
             must be None with segment_ids or seq_lengths. None: search now.
-
-        Returns:
-          Array of query's shape and dtype.
-
-        Raises:
-          ValueError: an argument has a wrong shape, dtype or value.
         """
         if state is None:
             return super().__call__(query, key, value, segment_ids=segment_ids, seq_lengths=seq_lengths)

@@ -94,6 +94,7 @@ class BSFA(System):
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
+
         def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             return self._call(query, key, value, thresholds)
 

@@ -82,12 +82,8 @@ class PISA(System):
     def select(self, query: jax.Array, key: jax.Array, value: jax.Array | None = None) -> LevelMap:
         """The best key blocks of every query block: 1 attend exactly, 0 the tail.
 
-        Args:
-          query, key: as in `System`.
-          value: shaped like key; counts with use_moment_norm alone, and must then be given.
-
-        Raises:
-          ValueError: an argument has a wrong shape or dtype, or value is missing.
+        Args, besides those of `System`:
+          value: shaped like key; needed with use_moment_norm, and without effect otherwise.
         """
         if value is None and self.use_moment_norm:
             raise ValueError("value must be given with use_moment_norm=True, which ranks by moments of the values")

@@ -21,7 +21,7 @@ from sparse_attn.systems.system import System, by_sequence
 
 Offsets = tuple[jax.Array, jax.Array]
 Rule = Literal["rank", "energy"]
-LEVELS = (1, 2, 4, 8)
+_LEVELS = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,7 @@ class PSA(System):
     def select(self, query: jax.Array, key: jax.Array, offsets: Offsets) -> LevelMap:  # type: ignore[override]
         """The level of every pair of blocks: 1 exact, 2, 4 or 8 keys to a mean, 0 skip.
 
-        Args:
-          query, key: as in `System`.
-          offsets: what `draw_offsets` gives.
-
-        Raises:
-          ValueError: an argument has a wrong shape or dtype.
+        Args: those of the call.
         """
         query, key, _ = self._checked(query, key, key)
         return self._select(*jax.lax.stop_gradient((query, key)), offsets)
@@ -113,15 +108,10 @@ class PSA(System):
     ) -> jax.Array:
         """One softmax over the keys of level 1 and the means of h keys of level h, with log h added to their logits.
 
-        Args:
-          query, key, value, segment_ids, seq_lengths: as in `System`.
+        No gradient flows through the choice.
+
+        Args, besides those of `System`, which also says what is returned and raised:
           offsets: what `draw_offsets` gives; all sequences of a row use the row's.
-
-        Returns:
-          Array of query's shape and dtype; no gradient flows through the choice.
-
-        Raises:
-          ValueError: an argument has a wrong shape, dtype or value.
         """
 
         def call(row: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -145,10 +135,10 @@ class PSA(System):
         for array, places, size in zip((query, key), offsets, self._sizes, strict=True):
             check_integers("offsets", places, (array.shape[0], array.shape[2], size // 4))
         scores = self._scores(query, key, offsets)
-        tiles = tuple(-(-level // (self.key_block_size // self.tile_size)) for level in LEVELS)  # blocks that fill one
+        tiles = tuple(-(-level // (self.key_block_size // self.tile_size)) for level in _LEVELS)  # blocks that fill one
         least = 0 if self.rule == "rank" else int(self.least_exact_share * scores.shape[-1]) + 1
         band = choose.bands(scores, self.bounds, rule=self.rule, multiples=tiles, least_first=least)
-        levels = jnp.array((*LEVELS, 0), jnp.int8)[band]
+        levels = jnp.array((*_LEVELS, 0), jnp.int8)[band]
         if self.text_length:
             has_text = jnp.arange(scores.shape[-1]) >= (key.shape[1] - self.text_length) // self.key_block_size
             levels = jnp.where(has_text[None, None, None], 1, levels)
@@ -169,7 +159,7 @@ class PSA(System):
         return describe.poolable(key, self.key_block_size, thresholds)
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap) -> Partial:
-        means = (self._means(query, key, value, levels, level) for level in LEVELS[1:])
+        means = (self._means(query, key, value, levels, level) for level in _LEVELS[1:])
         return merge(super()._attend(query, key, value, levels), *means)
 
     def _means(self, query: jax.Array, key: jax.Array, value: jax.Array, levels: LevelMap, level: int) -> Partial:

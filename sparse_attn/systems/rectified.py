@@ -69,13 +69,7 @@ class RectifiedSpaAttn(System):
     def select(self, query: jax.Array, key: jax.Array, forced: ArrayLike | None = None) -> LevelMap:
         """What the video's query blocks do with its key blocks: 1 attend exactly, 2 compensate, 0 neither.
 
-        Args:
-          query, key: as in `System`.
-          forced: bool `[blocks, blocks]`, pairs of the video's blocks that are kept besides: neighbours, the first
-            frame among itself. None: no pair.
-
-        Raises:
-          ValueError: an argument has a wrong shape or dtype.
+        Args: those of the call.
         """
         query, key, _ = self._checked(query, key, key)
         return self._select(*jax.lax.stop_gradient((query, key)), forced)
@@ -92,15 +86,11 @@ class RectifiedSpaAttn(System):
     ) -> jax.Array:
         """R O_s + sum over compensated blocks of P mean(v) for the video, full attention for text queries.
 
-        Args:
-          query, key, value, segment_ids, seq_lengths: as in `System`; every sequence ends with its text.
-          forced: as in `select`, for every sequence.
+        Every sequence ends with its text.
 
-        Returns:
-          Array of query's shape and dtype.
-
-        Raises:
-          ValueError: an argument has a wrong shape, dtype or value.
+        Args, besides those of `System`, which also says what is returned and raised:
+          forced: bool `[blocks, blocks]`, pairs of the video's blocks that are kept besides, in every sequence:
+            neighbours, the first frame among itself. None: no pair.
         """
 
         def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -114,10 +104,10 @@ class RectifiedSpaAttn(System):
         levels = self._select(*jax.lax.stop_gradient((query, key)), forced)
         probability, _ = self.weigh(query, key)
         num_video = query.shape[1] - self.text_length
-        video = query[:, :num_video], key[:, :num_video], value[:, :num_video]
-        exact = self._attend(*video, levels)
+        video = query[:, :num_video]
+        exact = self._attend(video, key[:, :num_video], value[:, :num_video], levels)
         if self.text_length:
-            exact = merge(exact, self._attend_all(video[0], key[:, num_video:], value[:, num_video:]))
+            exact = merge(exact, self._attend_all(video, key[:, num_video:], value[:, num_video:]))
         corrections = self.rectify(probability, levels, value)
         factor, compensation = (array.repeat(self.block_size, axis=1)[:, :num_video] for array in corrections)
         output = factor * exact.output() + compensation

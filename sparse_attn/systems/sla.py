@@ -1,7 +1,7 @@
 """SLA: exact attention to the best key blocks plus linear attention, joined by a learned projection."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +110,12 @@ class SLA(System):
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         """The class of every pair of blocks: 1 critical, 2 marginal, 0 negligible."""
-        sizes: dict[str, Any] = {"query_block_size": self.query_block_size, "key_block_size": self.key_block_size}
-        scores = score_blocks(query, key, **sizes)
+        query_block_size, key_block_size = self.query_block_size, self.key_block_size
+        scores = score_blocks(query, key, query_block_size=query_block_size, key_block_size=key_block_size)
         num_blocks, place = scores.shape[-1], choose.rank(scores)
         levels = jnp.where(place < num_blocks - int(self.negligible * num_blocks), 2, 0)
         levels = jnp.where(place < int(self.density * num_blocks), 1, levels)
-        return LevelMap(levels.astype(jnp.int8), **sizes)
+        return LevelMap(levels.astype(jnp.int8), query_block_size, key_block_size)
 
     def __call__(  # type: ignore[override]
         self,
@@ -130,16 +130,9 @@ class SLA(System):
     ) -> jax.Array:
         """o_s + o_l projection + bias: softmax attention to the critical blocks and projected linear attention.
 
-        Args:
-          query, key, value, segment_ids, seq_lengths: as in `System`.
+        Args, besides those of `System`, which also says what is returned and raised:
           projection: `[head_dim, head_dim]`, from o_l to the output, for all heads.
           bias: `[head_dim]`.
-
-        Returns:
-          Array of query's shape and dtype.
-
-        Raises:
-          ValueError: an argument has a wrong shape, dtype or value.
         """
 
         def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
