@@ -80,7 +80,7 @@ class Combiner(System):
         check_positive("block_size", self.block_size)
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
-        """Level 1 for the own region, 2 (summary) for others, 0 for later ones if causal; rows and heads are alike."""
+        """Level 1 for the own region, 2 (summary) for others, 0 for later ones if causal; alike in all heads."""
         grid = Grid.of(query, key, self.block_size, is_causal=self.is_causal)
         levels = jnp.where(grid.diagonal, 1, 2)
         return grid.choose(jnp.broadcast_to(levels, (query.shape[0], query.shape[2], *levels.shape)))

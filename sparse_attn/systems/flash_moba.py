@@ -44,6 +44,7 @@ class FlashMoBA:
 
     paper = "2511.11571"
     is_trainable = True
+    traces_sequences = True
 
     def __post_init__(self) -> None:
         check_positive("block_size", self.block_size)

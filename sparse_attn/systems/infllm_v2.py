@@ -62,6 +62,7 @@ class InfLLMv2:
     paper = "2509.24663"
     is_causal = True
     is_trainable = True
+    traces_sequences = True
 
     def __post_init__(self) -> None:
         for name in ("block_size", "pool_size", "pool_stride", "top_k"):

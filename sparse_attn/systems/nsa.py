@@ -86,6 +86,7 @@ class NSA:
     paper = "2502.11089"
     is_causal = True
     is_trainable = True
+    traces_sequences = True
 
     def __post_init__(self) -> None:
         check_positive("block_size", self.block_size)
@@ -204,8 +205,8 @@ class NSA:
         seen = whole_rows(query, means[0], block_size=_TILE_SIZE, is_causal=False)
         seen = dataclasses.replace(seen, start=first, stop=stop)
         tiles = (-(-array.shape[1] // _TILE_SIZE) for array in (query, means[0]))
-        everything = jnp.ones((query.shape[0], query.shape[2], *tiles), jnp.int8)
-        levels = LevelMap(everything, query_block_size=_TILE_SIZE, key_block_size=_TILE_SIZE)
+        all_tiles = jnp.ones((query.shape[0], query.shape[2], *tiles), jnp.int8)
+        levels = LevelMap(all_tiles, query_block_size=_TILE_SIZE, key_block_size=_TILE_SIZE)
         return attend_levels(query, *means, levels, seen, scale=self._factor(query)).output()
 
     def _slide(self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

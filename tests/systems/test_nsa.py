@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 
 from sparse_attn.grammar import choose
+from sparse_attn.systems import nsa
 from sparse_attn.systems.nsa import NSA
 from tests import near_ties, oracle
 from tests.cases import assert_close
 
 SIZE, TOP_K, WINDOW, SCALE = 4, 3, 5, 0.6
 ATTENTION = NSA(block_size=SIZE, top_k=TOP_K, window_size=WINDOW, scale=SCALE)
+
+
+@pytest.fixture(autouse=True)
+def several_uneven_tiles(monkeypatch):
+    monkeypatch.setattr(nsa, "_TILE_SIZE", 4)
 
 
 def draw(dtype=np.float32, tokens=22, seed=0):
