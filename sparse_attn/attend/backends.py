@@ -304,7 +304,7 @@ def resolve(implementation: Implementation | None) -> Backend:
     """
     if implementation is None:
         return ByPlatform((TpuKernels(), *XLA.backends))
-    if not isinstance(implementation, str):
+    if isinstance(implementation, Backend):
         return implementation if implementation.has_effects else ByPlatform((implementation,))
     if implementation not in get_args(Name):
         raise ValueError(f"implementation must be None, a backend or one of {get_args(Name)}, got {implementation!r}")

@@ -15,7 +15,7 @@ pass.
 """
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -30,6 +30,7 @@ _ARRAY_AXES = ("b.h", "b.k", "b.k")
 _RESULT_AXES = ("b.h", "b.h")
 
 
+@runtime_checkable
 class Backend(Protocol):
     """A way to compute: a frozen, hashable value with its sizes as fields.
 
