@@ -30,7 +30,7 @@ def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parame
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = kwargs | dict(zip(names, args, strict=False))
-        if any(jnp.ndim(given[name]) != 3 for name in ("query", "key", "value") if name in given):
+        if any(np.ndim(given[name]) != 3 for name in ("query", "key", "value") if name in given):
             return run(*args, **kwargs)
         kwargs = given
         arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}

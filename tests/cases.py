@@ -74,9 +74,9 @@ CASES = (
     Case("lengths", batch=3, sequences="lengths", top_k=3, heads=4),
     Case("segments", sequences="segments", queries=40, keys=40),
     Case("mixed_segments", batch=3, sequences="mixed", queries=36, keys=45, block_size=4, top_k=3, heads=4),
-    Case("all_see_all", is_causal=False, top_k=2, queries=21, keys=37),
-    Case("all_see_all_lengths", batch=3, is_causal=False, sequences="lengths", heads=4),
-    Case("all_see_all_mixed", is_causal=False, sequences="mixed", batch=3, block_size=4, heads=4),
+    Case("bidirectional", is_causal=False, top_k=2, queries=21, keys=37),
+    Case("bidirectional_lengths", batch=3, is_causal=False, sequences="lengths", heads=4),
+    Case("bidirectional_mixed", is_causal=False, sequences="mixed", batch=3, block_size=4, heads=4),
     Case("bfloat16", dtype="bfloat16", heads=4, exact=True, queries=48, keys=48),
     Case("float16", dtype="float16", sequences="mixed", exact=True, queries=48, keys=48, block_size=4),
 )

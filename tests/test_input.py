@@ -29,7 +29,7 @@ def test_numpy_integers_are_sizes_and_lists_are_arrays():
     expected = jax.jit(lambda: moba(query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths))()
     sizes = {"block_size": number(4), "top_k": number(2), "scale": np.float32(0.5)}
     lists = {"query_seq_lengths": [20, 7], "key_value_seq_lengths": (20, 7)}
-    output = jax.jit(lambda: moba_attention(query.tolist(), key, value.tolist(), **sizes, **lists))()
+    output = jax.jit(lambda: moba(query.tolist(), key, value.tolist(), **sizes, **lists))()
     np.testing.assert_array_equal(output, expected)
     window = functools.partial(sliding_window_attention, window_size=number(4))
     assert jax.eval_shape(window, query, key, value).shape == query.shape
@@ -93,7 +93,9 @@ def test_a_block_chosen_twice_counts_once():
     output, gradients = oracle.attention(query, key, value, mask, d_output=d_output)
     selection = BlockSelection(jnp.asarray(indices), block_size=4, num_blocks=5)
     for implementation in ("reference", "xla"):
-        attend = functools.partial(block_sparse_attention, selection=selection, implementation=implementation)
+        attend = functools.partial(
+            block_sparse_attention, selection=selection, is_causal=True, implementation=implementation
+        )
         actual, actual_gradients = jax.jit(lambda *x, f=attend: (f(*x), jax.vjp(f, *x)[1](d_output)))(query, key, value)
         cases.assert_close(actual, output, "float32")
         for gradient, expected in zip(actual_gradients, gradients, strict=True):
@@ -102,7 +104,7 @@ def test_a_block_chosen_twice_counts_once():
 
 def temporaries(**options):
     shape = jax.ShapeDtypeStruct((1, 512, 2, 16), jnp.float32)
-    program = jax.jit(functools.partial(moba_attention, **options)).lower(shape, shape, shape)
+    program = jax.jit(functools.partial(moba, **options)).lower(shape, shape, shape)
     return program.compile().memory_analysis().temp_size_in_bytes
 
 

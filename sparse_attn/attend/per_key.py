@@ -17,7 +17,7 @@ def attend_tokens(query: jax.Array, key: jax.Array, value: jax.Array, indices: j
     Args:
       query: `[batch, queries, heads, head_dim]`.
       key: `[batch, keys, kv_heads, head_dim]`; heads is a multiple of kv_heads.
-      value: shaped like key.
+      value: `[batch, keys, kv_heads, value_head_dim]`.
       indices: int32 `[batch, heads or kv_heads or 1, queries, list]`, places of keys, -1 for none, none twice. One list
         for kv_heads serves all query heads of the group, one for 1 all heads.
       scale: factor of the logits.
@@ -35,7 +35,7 @@ def attend_tokens(query: jax.Array, key: jax.Array, value: jax.Array, indices: j
         place = jnp.maximum(indices, 0).swapaxes(1, 2).reshape(batch, kv_heads, -1, 1)
 
         def gather(array: jax.Array) -> jax.Array:  # [batch, kv_heads, keys, d] -> [batch, lists, t, list, d]
-            return jnp.take_along_axis(array, place, axis=2).reshape(batch, lists, -1, length, head_dim)
+            return jnp.take_along_axis(array, place, axis=2).reshape(batch, lists, -1, length, array.shape[-1])
 
         grouped = query.astype(dtype).reshape(batch, -1, lists, num_heads // lists, head_dim)
         # Axes: l lists, t queries, g query heads of a list, m keys of a list.
@@ -45,9 +45,8 @@ def attend_tokens(query: jax.Array, key: jax.Array, value: jax.Array, indices: j
         weight = jnp.exp(logits - jnp.where(jnp.isneginf(maximum), 0, maximum)[..., None])
         accumulator = jnp.einsum("btlgm,bltmd->btlgd", weight, gather(value), precision="highest")
         shape = (batch, -1, num_heads)
-        return Partial(
-            maximum.reshape(shape), weight.sum(-1).reshape(shape), accumulator.reshape(batch, -1, num_heads, head_dim)
-        )
+        accumulator = accumulator.reshape(*shape, value.shape[-1])
+        return Partial(maximum.reshape(shape), weight.sum(-1).reshape(shape), accumulator)
 
     chunk = max(1, min(num_queries, _GATHERED_PER_STEP // (batch * lists * length * head_dim)))
     steps = split_blocks(query, chunk).swapaxes(0, 1), split_blocks(indices.swapaxes(1, 2), chunk).swapaxes(0, 1)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from pallas_kernels.blocks import Arrays
@@ -25,7 +26,7 @@ from sparse_attn.checks import check_arrays, check_attention, check_integers, ch
 from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.layout import whole_rows
 from sparse_attn.selection import LevelMap
-from sparse_attn.sharding import splits_over_mesh
+from sparse_attn.sharding import explicit_sharding, splits_over_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,8 @@ def by_sequence(
         raise ValueError(
             f"segment_ids and seq_lengths are those of self-attention: arrays must begin alike, got shapes {shapes}"
         )
+    # On a mesh of Explicit axes sequences are cut from rows that every device has whole.
+    arrays = tuple(x if explicit_sharding(x) is None else jax.sharding.reshard(x, PartitionSpec()) for x in arrays)
     ids = np.zeros(query.shape[:2], int) if known["segment_ids"] is None else known["segment_ids"]
     lengths = np.full(len(ids), ids.shape[1]) if known["seq_lengths"] is None else known["seq_lengths"]
     output = None
@@ -187,7 +190,9 @@ def by_sequence(
             if output is None:
                 output = jnp.zeros((*query.shape[:2], *part.shape[2:]), part.dtype)
             output = output.at[row, places].set(part[0])
-    return jnp.zeros_like(query) if output is None else output
+    if output is None:  # no sequence at all
+        return jnp.zeros((*query.shape[:-1], arrays[2].shape[-1]), query.dtype)
+    return output
 
 
 def per_head(threshold: float | tuple[float, ...], num_heads: int) -> jax.Array:
