@@ -25,7 +25,7 @@ def tpu_kernels():
     from pallas_kernels.tpu.routing import RoutingConfig
     from tests.tpu.key_major import SMALL
 
-    interpret = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    interpret = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
     return TpuKernels(SMALL, RoutingConfig(key_rows=32, queries=128, blocks=32), interpret)
 
 

@@ -13,7 +13,8 @@ import pytest
 
 import sparse_attn
 
-HEADS, HEAD_DIM, BLOCK_SIZE, TOP_K = 2, 16, 16, 4
+HEADS, HEAD_DIM, TOP_K = 2, 16, 4
+SIZES = {"block_size": 16, "top_k": TOP_K, "is_causal": True}
 LENGTHS = (8192, 16384)
 
 
@@ -23,7 +24,7 @@ def compiled(num_tokens, *, with_gradients, is_packed=False):
     array = jax.ShapeDtypeStruct((1, num_tokens, HEADS, HEAD_DIM), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
     segments = {"query_segment_ids": ids, "key_value_segment_ids": ids} if is_packed else {}
-    attend = functools.partial(sparse_attn.moba_attention, block_size=BLOCK_SIZE, top_k=TOP_K, implementation="xla")
+    attend = functools.partial(sparse_attn.moba_attention, **SIZES, implementation="xla")
 
     def call(query, key, value, segments):
         if not with_gradients:
@@ -49,7 +50,7 @@ def test_no_array_grows_with_the_square_of_the_sequence(with_gradients, is_packe
     num_tokens = LENGTHS[-1]
     program = compiled(num_tokens, with_gradients=with_gradients, is_packed=is_packed)
     # queries x blocks is the smaller of the two; of one head: 16384 * 1024. The pairs take 2 * 16384 * 4 rows of 16.
-    assert largest_array(program) < num_tokens * (num_tokens // BLOCK_SIZE)
+    assert largest_array(program) < num_tokens * (num_tokens // SIZES["block_size"])
 
 
 @every_pass
@@ -68,8 +69,6 @@ def test_working_memory_is_a_small_multiple_of_the_arrays(with_gradients):
 
 def test_the_dense_definition_would_fail_these_tests():
     array = jax.ShapeDtypeStruct((1, 512, HEADS, HEAD_DIM), jnp.float32)
-    attend = functools.partial(
-        sparse_attn.moba_attention, block_size=BLOCK_SIZE, top_k=TOP_K, implementation="reference"
-    )
+    attend = functools.partial(sparse_attn.moba_attention, **SIZES, implementation="reference")
     program = jax.jit(attend).lower(array, array, array).compile()
     assert largest_array(program) >= 512 * 512

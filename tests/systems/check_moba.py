@@ -17,7 +17,7 @@ def options_of(arrays):
     ids = np.repeat(np.arange(lengths.size), lengths).astype(np.int32)[None]  # [1, tokens]
     top_k = arrays["topk"] if "topk" in arrays else arrays["top_k"]
     sizes = {"block_size": arrays["block_size"].item(), "top_k": top_k.item()}
-    return lengths, {**sizes, "query_segment_ids": ids, "key_value_segment_ids": ids}
+    return lengths, {**sizes, "is_causal": True, "segment_ids": ids}
 
 
 def check(arrays):

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparse_attn.checks import check_arrays
 from sparse_attn.grammar import choose
-from sparse_attn.grammar.describe import fill_blocks
+from sparse_attn.grammar.describe import split_blocks
 from sparse_attn.grammar.grid import Grid
 from sparse_attn.selection import LevelMap
 from sparse_attn.systems.system import per_head
@@ -34,7 +34,8 @@ class Published(XAttention):
 
     def chunk_scores(self, query, key):
         """The grid of whole chunks, and the scores [batch, heads, query_blocks, key_blocks of whole chunks]."""
-        filled = [fill_blocks(array, self.chunk_size, "constant") for array in (query, key)]
+        chunks = [split_blocks(array, self.chunk_size) for array in (query, key)]
+        filled = [array.reshape(array.shape[0], -1, *array.shape[3:]) for array in chunks]
         grid = Grid.of(*filled, self.block_size, is_causal=self.is_causal)
         return grid, self.scores(query, filled[1], grid)
 
