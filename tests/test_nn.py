@@ -13,6 +13,9 @@ from flax import linen, nnx
 import sparse_attn
 from sparse_attn import nn
 from sparse_attn.keys import rotate
+from sparse_attn.systems.moba import MoBA
+from sparse_attn.systems.rectified import RectifiedSpaAttn
+from sparse_attn.systems.xattention import XAttention
 from tests import cases, oracle
 from tests.test_keys import convolve
 from tests.test_window import attend as attend_window
@@ -234,6 +237,29 @@ def test_attention_fn_names_what_it_cannot_do(name, options, call):
     query = np.ones((1, 4, 2, 3), np.float32)
     with pytest.raises(ValueError, match="bias"):
         attention_fn(query, query, query, bias=np.ones((1, 2, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [XAttention(block_size=4, stride=2, threshold=0.6), RectifiedSpaAttn(block_size=4), MoBA(block_size=4, top_k=2)],
+    ids=lambda attention: type(attention).__name__,
+)
+def test_any_attention_that_is_a_value_becomes_a_layer(attention):
+    sizes = {"in_features": FEATURES, "num_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    module = nn.SelfAttention(attention=attention, **sizes, rngs=nnx.Rngs(0))
+    inputs, _ = draw()
+    lengths = np.array([TOKENS, TOKENS - 5] + [TOKENS] * (BATCH - 2))  # from outside of jit: known when traced
+
+    @nnx.jit
+    def call(module, inputs):
+        return module(inputs), module(inputs, seq_lengths=lengths)
+
+    output, padded = call(module, inputs)
+    query, key, value = module.project(inputs)
+    cases.assert_close(output, module.out(attention(query, key, value)), "float32")
+    alone = module(inputs[1:2, : TOKENS - 5])
+    cases.assert_close(padded[1:2, : TOKENS - 5], alone, "float32")
+    np.testing.assert_array_equal(padded[1, TOKENS - 5 :], 0)
 
 
 def test_modules_work_from_linen():
