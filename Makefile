@@ -12,7 +12,7 @@ reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, wri
 	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
 
 test: $(VENV)/ready-test  ## all tests, with coverage
-	$(RUN) -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/ready-test
 	$(VENV)/bin/ruff check .

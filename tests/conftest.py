@@ -21,6 +21,20 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("suite")
 
 
+# The longest come first, so that no worker is left alone with one of them.
+LONGEST = (
+    "test_sharding.py",
+    "test_train_step.py",
+    "test_compile_key_major.py",
+    "test_studies.py",
+    "test_attention.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture
 def strict_ranks():
     """Rank promotion is an error: a user who forbids it can still call the library."""

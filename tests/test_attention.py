@@ -22,7 +22,7 @@ INTERPRETED = {
         *("ragged_tail", "grouped_heads", "top_k_above_blocks", "more_queries", "lengths", "mixed_segments"),
         *("bidirectional_mixed", "bfloat16"),
     ),
-    "tpu": ("grouped_heads", "top_k_above_blocks", "lengths"),
+    "tpu": ("lengths",),
 }
 
 

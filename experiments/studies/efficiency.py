@@ -124,7 +124,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
 
 def _contestants(config: EfficiencyConfig) -> dict[str, Callable[..., jax.Array]]:
     return {
-        "moba": functools.partial(moba_attention, block_size=config.block_size, top_k=config.top_k),
+        "moba": functools.partial(moba_attention, block_size=config.block_size, top_k=config.top_k, is_causal=True),
         "dense": functools.partial(jax.nn.dot_product_attention, is_causal=True),
     }
 

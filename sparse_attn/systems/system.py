@@ -10,6 +10,7 @@ any system that takes query, key and value alone.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -191,7 +192,8 @@ def by_sequence(
                 output = jnp.zeros((*query.shape[:2], *part.shape[2:]), part.dtype)
             output = output.at[row, places].set(part[0])
     if output is None:  # no sequence at all
-        return jnp.zeros((*query.shape[:-1], arrays[2].shape[-1]), query.dtype)
+        part = jax.eval_shape(functools.partial(call, slice(0, 1)), *(array[:1] for array in arrays))
+        return jnp.zeros((*query.shape[:2], *part.shape[2:]), part.dtype)
     return output
 
 

@@ -69,7 +69,8 @@ def compile_kernels(
 
 if __name__ == "__main__":
     for number, chip in enumerate(CHIPS):
-        for variant in (DEFAULT_SIZES, *(VARIANTS if sys.argv[1:] == ["all"] else VARIANTS[number : number + 1])):
+        every = (DEFAULT_SIZES, *VARIANTS)
+        for variant in every if sys.argv[1:] == ["all"] else every[number : number + 1]:
             print(chip, *sorted(compile_kernels(chip, *variant)), flush=True)
     for chip in ("v5e:1x1", "v6e:1x1") if sys.argv[1:] == ["all"] else ():
         print(chip, *sorted(compile_kernels(chip, *DEFAULT_SIZES[:-1], LARGE, tokens=1 << 17)), flush=True)

@@ -32,7 +32,7 @@ def program(platforms, implementation=None, dtype=jnp.bfloat16, gradient=False):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_program_for_a_tpu_has_its_kernels_by_default_and_by_name(gradient):
-    for implementation in (None, "pallas", TpuKernels()):
+    for implementation in (None,) if gradient else (None, "pallas", TpuKernels()):
         assert "tpu_custom_call" in program(["tpu"], implementation, gradient=gradient).mlir_module()
     assert "tpu_custom_call" not in program(["tpu"], "xla", gradient=gradient).mlir_module()
 
@@ -85,10 +85,10 @@ def test_tracing_on_a_cpu_imports_no_kernels():
 @pytest.mark.timeout(120)
 def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
     random = np.random.default_rng(0)
-    query, d_output = random.standard_normal((2, 1, 200, 1, 64)).astype(np.float32)
-    key, value = random.standard_normal((2, 1, 256, 1, 64)).astype(np.float32)
-    levels = LevelMap(jnp.array([[[[1, 0], [0, 1]]]], jnp.int8), 128, 128)
-    blocks = whole_rows(query, key, block_size=128, is_causal=True)
+    query, d_output = random.standard_normal((2, 1, 25, 1, 64)).astype(np.float32)
+    key, value = random.standard_normal((2, 1, 32, 1, 64)).astype(np.float32)
+    levels = LevelMap(jnp.array([[[[1, 0], [0, 1]]]], jnp.int8), 16, 16)
+    blocks = whole_rows(query, key, block_size=16, is_causal=True)
     backend = TpuKernels(interpret=interpret)
 
     def attend(query, key, value):
@@ -96,7 +96,7 @@ def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
 
     output, pull_back = jax.vjp(attend, query, key, value)
     chosen = np.asarray(levels.to_mask())
-    mask = chosen.repeat(128, 2).repeat(128, 3)[:, :, :200] & (np.arange(256) <= np.arange(200)[:, None] + 56)
+    mask = chosen.repeat(16, 2).repeat(16, 3)[:, :, :25] & (np.arange(32) <= np.arange(25)[:, None] + 7)
     want, want_gradients = oracle.attention(query, key, value, mask, scale=0.2, d_output=d_output)
     cases.assert_close(output, want, "float32")
     for actual, expected in zip(pull_back(d_output), want_gradients, strict=True):
