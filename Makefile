@@ -6,13 +6,16 @@ CUDA_VENV ?= .venv-cuda
 WHEEL_VENV := .venv-wheel
 PRESET ?= tiny
 
-.PHONY: reproduce test test-versions compile-gpu wheel lint benchmark clean
+.PHONY: reproduce test coverage test-versions compile-gpu wheel lint benchmark clean
 
 reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, write the report
 	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
 
-test: $(VENV)/ready-test  ## all tests, with coverage
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+test: $(VENV)/ready-test  ## all tests
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(OPTIONS)
+
+coverage:  ## the same, and which lines they run; takes an eighth longer
+	$(MAKE) test OPTIONS='--cov --cov-report=term'
 
 lint: $(VENV)/ready-test
 	$(VENV)/bin/ruff check .

@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.usefixtures("strict_ranks"), pytest.mark.timeout(120)]
 # what is peculiar to the kernels.
 INTERPRETED = {
     "triton": (
-        *("ragged_tail", "grouped_heads", "top_k_above_blocks", "more_queries", "lengths", "mixed_segments"),
-        *("bidirectional_mixed", "bfloat16"),
+        *("ragged_tail", "grouped_heads", "more_queries", "lengths", "mixed_segments", "bidirectional_mixed"),
+        "bfloat16",
     ),
     "tpu": ("lengths",),
 }
