@@ -166,7 +166,7 @@ def test_a_kernel_that_does_not_wait_for_a_free_slot_is_caught(monkeypatch):
     assert source.count(wait) == 1
     mutant = types.ModuleType("mutant")
     exec(source.replace(wait, "place < begin"), vars(mutant))
-    replace_products_and_copies(monkeypatch, mutant)
+    replace_products_and_copies(monkeypatch, mutant, mosaic_backward)
     monkeypatch.setattr(mosaic_forward, "attend_forward", mutant.attend_forward)
     # One block of about four tiles: with several blocks the wait for a free block would hide the lack.
     case = Case("mutant", 1, 400, 8, kv_heads=1, top_k=1, is_causal=False, dtype="bfloat16")
