@@ -123,8 +123,8 @@ def _primitive() -> Any:
     primitive = Primitive("attention_by_platform")
     primitive.multiple_results = True
     primitive.def_abstract_eval(lambda *_, types, **__: list(types))
-    for platform in _PLATFORMS:
-        rule = mlir.lower_fun(functools.partial(_run, platform), multiple_results=True)
+    for platform in (*_PLATFORMS, None):  # None: any other
+        rule = mlir.lower_fun(functools.partial(_run, platform or "this platform"), multiple_results=True)
         mlir.register_lowering(primitive, rule, platform=platform)
     apply = jax.jit(primitive.bind, static_argnames=("backend", "method", "tree", "options", "types"))
     primitive.def_impl(apply)
