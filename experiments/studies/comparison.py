@@ -64,7 +64,7 @@ class Oracle(System):
 
     top_k: int
     block_size: int
-    is_causal: bool = True
+    is_causal: bool
 
     def _select(self, query: jax.Array, key: jax.Array) -> LevelMap:
         block_size, scale = self.block_size, self.factor(query)

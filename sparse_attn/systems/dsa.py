@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sparse_attn.attend.per_key import attend_tokens
-from sparse_attn.checks import check_attention, check_positive, check_scale, check_self_attention
+from sparse_attn.checks import check_attention, check_positive, check_scale
 from sparse_attn.grammar import choose, score
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import splits_over_mesh
@@ -127,9 +127,6 @@ class DSA:
         Raises:
           ValueError: an argument has a wrong shape, dtype or value.
         """
-        if segment_ids is None and seq_lengths is None:
-            return self._call(query, key, value, indexer)
-        check_self_attention(query, key)
 
         def call(_: slice, query: jax.Array, key: jax.Array, value: jax.Array, *indexer: jax.Array) -> jax.Array:
             return self._call(query, key, value, Indexer(*indexer))

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sparse_attn.attend.backends import Implementation
-from sparse_attn.checks import check_arrays, check_integers, check_positive, check_scale
+from sparse_attn.checks import check_arrays, check_integers
 from sparse_attn.grammar.segments import in_segment_order
 from sparse_attn.keys import causal_key_convolution
 from sparse_attn.layout import zero_padding
@@ -17,7 +16,7 @@ from sparse_attn.systems.moba import MoBA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlashMoBA:
+class FlashMoBA(MoBA):
     """FlashMoBA: MoBA with small blocks and a short convolution on the keys.
 
     Paper: Optimizing Mixture of Block Attention (arXiv 2511.11571). The algorithm of `MoBA` on keys that
@@ -38,20 +37,10 @@ class FlashMoBA:
 
     block_size: int = 128
     top_k: int = 8
-    is_causal: bool = True
-    scale: float | None = None
-    implementation: Implementation | None = None
 
     paper = "2511.11571"
-    is_trainable = True
-    traces_sequences = True
 
-    def __post_init__(self) -> None:
-        check_positive("block_size", self.block_size)
-        check_positive("top_k", self.top_k)
-        check_scale(self.scale)
-
-    def select(
+    def select(  # type: ignore[override]
         self,
         query: jax.Array,
         key: jax.Array,
@@ -62,9 +51,9 @@ class FlashMoBA:
     ) -> BlockSelection:
         """The blocks that the call attends: those of `route_moba` on convolved keys. Args: those of the call."""
         key = _convolve(query, key, kernel, segment_ids, seq_lengths)
-        return self._moba.select(query, key, segment_ids=segment_ids, seq_lengths=seq_lengths)
+        return super().select(query, key, segment_ids=segment_ids, seq_lengths=seq_lengths)
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         query: jax.Array,
         key: jax.Array,
@@ -87,11 +76,7 @@ class FlashMoBA:
           ValueError: an argument has a wrong shape, dtype or value.
         """
         key = _convolve(query, key, kernel, segment_ids, seq_lengths)
-        return self._moba(query, key, value, segment_ids=segment_ids, seq_lengths=seq_lengths)
-
-    @property
-    def _moba(self) -> MoBA:
-        return MoBA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        return super().__call__(query, key, value, segment_ids=segment_ids, seq_lengths=seq_lengths)
 
 
 def _convolve(

@@ -12,7 +12,7 @@ any system that takes query, key and value alone.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,11 @@ class System:
     def __post_init__(self) -> None:
         check_scale(self.scale)
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether a query sees only keys up to its own position: an attribute or field of every system."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # not at run time, where a field without a default would take the property for one
+
+        @property
+        def is_causal(self) -> bool:
+            """Whether a query sees only keys up to its own position: an attribute or field of every system."""
 
     @property
     def whole(self) -> str:
