@@ -83,7 +83,7 @@ def moba_attention(
     check_positive("block_size", block_size)
     check_positive("top_k", top_k)
     query, key, value = map(jnp.asarray, (query, key, value))
-    scale = check_attention(query, key, value, scale)
+    scale = check_attention(query, key, value, scale, own_head_dim=True)
     given = Sequences(query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids)
     sequences = check_sequences(
         query, key, given, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=is_causal
@@ -224,7 +224,7 @@ def block_sparse_attention(
       NotImplementedError: as `moba_attention`.
     """
     query, key, value, indices = map(jnp.asarray, (query, key, value, selection.indices))
-    scale = check_attention(query, key, value, scale)
+    scale = check_attention(query, key, value, scale, own_head_dim=True)
     batch, num_queries, num_heads, _ = query.shape
     block_size = selection.block_size
     check_positive("selection.block_size", block_size)

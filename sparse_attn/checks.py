@@ -34,7 +34,11 @@ def takes_no_batch(function: Callable[_Parameters, _Result]) -> Callable[_Parame
             return run(*args, **kwargs)
         kwargs = given
         arrays = {name: kwargs[name] for name in _ARRAYS if kwargs.get(name) is not None}
-        batched = jax.tree.map(lambda array: jnp.asarray(array)[None], arrays)
+
+        def add_axis(array: Any) -> Any:  # not converted: `check_integers` must see whether ids fit JAX's integers
+            return (array if hasattr(array, "ndim") else np.asarray(array))[None]
+
+        batched = jax.tree.map(add_axis, arrays, is_leaf=lambda array: isinstance(array, list | tuple))
         return jax.tree.map(lambda array: array[0], run(**(kwargs | batched)))
 
     return call
@@ -168,13 +172,17 @@ def check_arrays(query: jax.Array, key_values: dict[str, jax.Array]) -> None:
             )
 
 
-def check_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None) -> float:
-    """The arrays of one attention call and its scale. Returns the factor of the logits: 1 / sqrt(head_dim) for None."""
+def check_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None, *, own_head_dim: bool = False
+) -> float:
+    """The arrays of one attention call and its scale. Returns the factor of the logits: 1 / sqrt(head_dim) for None.
+
+    With own_head_dim the head_dim of value may differ from key's.
+    """
     check_arrays(query, {"key": key, "value": value})
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must be shaped like key {key.shape}, its head_dim aside, got value.shape={value.shape}"
-        )
+    if value.shape[:3] != key.shape[:3] or (value.shape != key.shape and not own_head_dim):
+        aside = ", its head_dim aside" if own_head_dim else ""
+        raise ValueError(f"value must be shaped like key {key.shape}{aside}, got value.shape={value.shape}")
     check_scale(scale)
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 

@@ -97,7 +97,7 @@ def sliding_window_attention(
       ValueError: an argument has a wrong shape, dtype or value.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
-    scale = check_attention(query, key, value, scale)
+    scale = check_attention(query, key, value, scale, own_head_dim=True)
     check_self_attention(query, key)
     check_positive("window_size", window_size)
     segment_ids = check_integers("segment_ids", segment_ids, query.shape[:2])

@@ -10,6 +10,8 @@ from flax import nnx
 
 from sparse_attn import BlockSelection, block_sparse_attention, moba_attention, route_moba, sliding_window_attention
 from sparse_attn.nn import KeyConv, MoBAAttention, SlidingWindowAttention
+from sparse_attn.systems.sla import SLA
+from sparse_attn.systems.xattention import XAttention
 from tests import cases, oracle
 from tests.every_system import NAMES, TOKENS, every_system
 from tests.sharded import output_and_gradients
@@ -68,6 +70,16 @@ def test_ids_that_do_not_fit_are_refused_rather_than_cut():
     ids[:, 10:] = 2**32
     with pytest.raises(ValueError, match="query_segment_ids must lie between"):
         moba(*draw(), query_segment_ids=ids, key_value_segment_ids=ids)
+    with pytest.raises(ValueError, match="segment_ids must lie between"):  # without a batch axis
+        moba(*(array[0] for array in draw()), segment_ids=ids[0])
+
+
+def test_systems_name_values_of_another_head_dim():
+    query, key, value = draw()
+    for attention in (XAttention(block_size=4, stride=2), SLA(query_block_size=4, key_block_size=4)):
+        arrays = () if isinstance(attention, XAttention) else (np.zeros((4, 4)), np.zeros(4))
+        with pytest.raises(ValueError, match="value must be shaped like key"):
+            attention(query, key, value[..., :3], *arrays)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int32"])
