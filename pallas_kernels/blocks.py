@@ -10,6 +10,8 @@ Words, as they are used everywhere:
     tile        queries that are multiplied with one block at a time
     chunk       queries in work at a time; bounds the memory
     pair        a query and one of its chosen blocks
+    page        block_size keys in memory, aligned, as a kernel loads them; a piece of a block is what lies in one page
+    panel       blocks whose means a router takes at a time
     group       query heads that read one key/value head
 
 Keys stand in *block order*: segment by segment, in sequence order inside a segment, padding last. A block is then a run

@@ -4,8 +4,8 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyMajorConfig:
-    """Sizes of the key-major TPU kernels.
+class PerQueryConfig:
+    """Sizes of the per-query TPU kernels.
 
     Attributes:
       tile_size: pairs of a tile, all of one key block; what a block's last tile lacks is padding. None: 128, or 64
@@ -45,7 +45,7 @@ class KeyMajorConfig:
             raise ValueError(f"pieces_per_step must be a multiple of 4, got pieces_per_step={self.pieces_per_step}")
 
 
-KEY_MAJOR = KeyMajorConfig()
+PER_QUERY = PerQueryConfig()
 
 
 @dataclasses.dataclass(frozen=True)

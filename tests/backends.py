@@ -23,7 +23,7 @@ def tpu_kernels():
     from jax.experimental.pallas import tpu as pltpu
 
     from pallas_kernels.tpu.routing import RoutingConfig
-    from tests.tpu.key_major import SMALL
+    from tests.tpu.per_query import SMALL
 
     interpret = pltpu.InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
     return TpuKernels(SMALL, RoutingConfig(key_rows=32, queries=128, blocks=32), interpret)

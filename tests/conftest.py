@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("suite")
 LONGEST = (
     "test_sharding.py",
     "test_train_step.py",
-    "test_compile_key_major.py",
+    "test_compile_per_query.py",
     "test_studies.py",
     "test_attention.py",
 )

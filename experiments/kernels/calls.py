@@ -11,10 +11,12 @@ from jax import lax
 from experiments.kernels.roofline import Problem
 from pallas_kernels.blocks import Blocks, Results
 from pallas_kernels.config import TRITON, MosaicConfig, TritonConfig
-from pallas_kernels.gpu import backward, forward, mosaic_backward, mosaic_forward
 from pallas_kernels.gpu.chunks import Chunk, for_chunks
-from pallas_kernels.gpu.routing import route
+from pallas_kernels.gpu.mosaic import backward as mosaic_backward
+from pallas_kernels.gpu.mosaic import forward as mosaic_forward
 from pallas_kernels.gpu.tiles import padded_head_dim
+from pallas_kernels.gpu.triton import backward, forward
+from pallas_kernels.gpu.triton.routing import route
 from sparse_attn.layout import whole_rows
 
 Arrays = dict[str, jax.Array]

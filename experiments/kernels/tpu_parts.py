@@ -103,10 +103,10 @@ def _forward(
 ) -> tuple:
     import jax.numpy as jnp
 
-    from pallas_kernels.tpu import forward, key_work
+    from pallas_kernels.tpu.per_query import forward, memory
 
     tiles_per_step = 1024 // tile
-    add_rows, fetch_rows = key_work.add_rows, key_work.fetch_rows
+    add_rows, fetch_rows = memory.add_rows, memory.fetch_rows
 
     def add_only(part_ref: Any, result_ref: Any, state_ref: Any, fetch: Any) -> None:
         del fetch
@@ -118,14 +118,14 @@ def _forward(
         fetch_rows(*fetch)
 
     if without:
-        key_work.add_rows = {"fetch": add_only, "add": fetch_only}[without]  # type: ignore[assignment]
+        memory.add_rows = {"fetch": add_only, "add": fetch_only}[without]  # type: ignore[assignment]
 
     def attend(query: Any, key_stop: Any, key_value: Any, table: Any, numbers: Any) -> Any:
         return forward.attend_tiles(
             query,
             key_stop,
             key_value,
-            key_work.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
+            memory.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
             has_maximum=has_maximum,
             is_aligned=True,
             scale=HEAD_DIM**-0.5,
@@ -144,7 +144,7 @@ def _forward(
 def _backward(rows: int, steps: int, tile: int, block_size: int = 128) -> tuple:
     import jax.numpy as jnp
 
-    from pallas_kernels.tpu import backward, key_work
+    from pallas_kernels.tpu.per_query import backward, memory
 
     def differentiate(packed: Any, key: Any, value: Any, d_key: Any, d_value: Any, table: Any, numbers: Any) -> Any:
         return backward.differentiate_tiles(
@@ -153,7 +153,7 @@ def _backward(rows: int, steps: int, tile: int, block_size: int = 128) -> tuple:
             value,
             d_key,
             d_value,
-            key_work.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
+            memory.Tiles(table, numbers, numbers, numbers, steps),  # type: ignore[arg-type]
             head_dim=HEAD_DIM,
             is_aligned=True,
             scale=HEAD_DIM**-0.5,
@@ -168,10 +168,10 @@ def _backward(rows: int, steps: int, tile: int, block_size: int = 128) -> tuple:
 def _schedule(rows: int, top_k: int, pieces: int, tile: int, batches: int) -> tuple:
     import jax.numpy as jnp
 
-    from pallas_kernels.tpu import cut_tiles, key_work
+    from pallas_kernels.tpu.per_query import cut_tiles, memory
 
     def cut(ids: Any, numbers: Any) -> Any:
-        places = key_work.Pieces(numbers, numbers, numbers)
+        places = memory.Pieces(numbers, numbers, numbers)
         sizes = {"tile_size": tile, "tiles_per_step": 1024 // tile, "pieces_per_step": 512}
         return cut_tiles.make_tiles(ids, places, **sizes, fixed_batches=batches)
 
@@ -182,16 +182,16 @@ def _pack(rows: int) -> tuple:
     """Packing of the backward pass's rows."""
     import jax.numpy as jnp
 
-    from pallas_kernels.tpu import key_work
+    from pallas_kernels.tpu.per_query import memory
 
     vector, numbers = ((rows, HEAD_DIM), jnp.bfloat16), [((rows, 1), jnp.int32), *[((rows, 1), jnp.float32)] * 2]
-    return key_work.pack_rows, [vector, vector, *numbers]
+    return memory.pack_rows, [vector, vector, *numbers]
 
 
 def _norm(rows: int) -> tuple:
     import jax.numpy as jnp
 
-    from pallas_kernels.tpu import forward
+    from pallas_kernels.tpu.per_query import forward
 
     return forward._largest_norm, [((rows, HEAD_DIM), jnp.bfloat16)]
 
@@ -222,26 +222,30 @@ def _router(tokens: int, extractions: int, is_cut: bool = False) -> tuple:
     routing.pl = _with(pl, when=_always)  # type: ignore[attr-defined]
     routing.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)  # type: ignore[attr-defined]
 
-    def route(query: Any, block: Any, reach: Any) -> Any:
+    def route(query: Any, block: Any, key_range: Any) -> Any:
         sizes: dict[str, Any] = {"block_size": 128, "num_keys": tokens, "is_packed": False}
         return routing.route(
-            query, query, Blocks(reach, reach, None, block, block, reach, reach, **sizes), top_k=8, is_causal=True
+            query,
+            query,
+            Blocks(key_range, key_range, None, block, block, key_range, key_range, **sizes),
+            top_k=8,
+            is_causal=True,
         )
 
     return route, [((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens // 128), jnp.int32), ((1, tokens), jnp.int32)]
 
 
 def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_masked: bool, backward: bool) -> tuple:
-    """Every query tile visits `list_length` key blocks; for dK and dV every key block visits as many query tiles."""
+    """Every query tile visits `list_length` key blocks; for dK and dV every key block visits as many query memory."""
     import jax.numpy as jnp
     from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     from pallas_kernels.blocks import Blocks
-    from pallas_kernels.tpu import tile_work
-    from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
-    from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+    from pallas_kernels.tpu.per_tile import pipeline
+    from pallas_kernels.tpu.per_tile.backward import attend_tiles_backward
+    from pallas_kernels.tpu.per_tile.forward import attend_tiles_forward
 
     def walk(
         span_ref: Any,
@@ -255,7 +259,7 @@ def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_m
         compute: Any,
         mask_copies: Any = None,
     ) -> None:
-        """`tile_work.walk` with full steps, the same number for each program."""
+        """`pipeline.stream` with full steps, the same number for each program."""
         del span_ref, clear
         keys_a_step = entries * (key_block if mask_copies is not None else query_block)
         row, num_steps = pl.program_id(0), max(1, list_length * key_block // keys_a_step)
@@ -293,7 +297,7 @@ def _tiles(tokens: int, query_block: int, key_block: int, list_length: int, is_m
 
         lax.fori_loop(0, num_steps, run, None)
 
-    tile_work.walk = walk
+    pipeline.stream = walk
     array, number = ((1, tokens, 1, HEAD_DIM), jnp.bfloat16), ((1, tokens), jnp.int32)
     inputs = [array, array, array, ((1, 1, -(-tokens // query_block), list_length), jnp.int32), number, number, number]
 

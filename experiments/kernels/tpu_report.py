@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.kernels.tpu_parts import CHIP, HEAD_DIM, Measured, measure
-from pallas_kernels.config import KEY_MAJOR
-from pallas_kernels.tpu import chunks
-from pallas_kernels.tpu.forward import plan_chunk
+from pallas_kernels.config import PER_QUERY
+from pallas_kernels.tpu.per_query import chunks
+from pallas_kernels.tpu.per_query.forward import plan_chunk
 from sparse_attn.layout import whole_rows
 
 CHOICES = (128, 8), (512, 2)  # block_size, top_k
@@ -26,7 +26,7 @@ V6E_BYTES = 128 << 20
 LIMITS = """\
 Why more than 5 cycles per pair at block 128:
 
-* In the step: two addresses per pair saturate the scalar unit. See `pallas_kernels/tpu/forward_kernels.py`.
+* In the step: two addresses per pair saturate the scalar unit. See `pallas_kernels/tpu/per_query/forward_kernels.py`.
 * Padding: the last tile of each block in each chunk is half empty on average. At 524288 tokens a chunk of 75776 rows,
   the most that fits in 128 MiB, has 148 pairs per block; tiles of 64 waste the least there.
 * Load, finish: once per row, shared by the row's pairs, and once per chunk. Queries are packed into words; sums are
@@ -78,7 +78,7 @@ def _table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     print(flush=True)
 
 
-def _key_major() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
+def _per_query() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
     """Forward by (block_size, tile), backward by block_size."""
     forward: dict[tuple[int, int], Cost] = {}
     backward: dict[int, Cost] = {}
@@ -88,7 +88,7 @@ def _key_major() -> tuple[dict[tuple[int, int], Cost], dict[int, Cost]]:
             cost, found = _cost("forward", 4, 8, 1024, tile=tile, block_size=block_size)
             forward[block_size, tile] = cost
             rows.append(("attend_fixed", block_size, tile, *cost[:2], round(cost.chunk), *found.kernel("attend")))
-        tile = KEY_MAJOR.backward_tile_size
+        tile = PER_QUERY.backward_tile_size
         cost, found = _cost("backward", 8, 24, tile, tile=tile, block_size=block_size)
         backward[block_size] = cost
         rows.append(("attend_backward", block_size, tile, *cost[:2], round(cost.chunk), *found.kernel("attend")))
@@ -112,7 +112,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             num_blocks = tokens // block_size
             query: Any = jax.ShapeDtypeStruct((1, tokens, 1, 128), jnp.bfloat16)
             lay_out = functools.partial(whole_rows, block_size=block_size, is_causal=True)
-            chunk = plan_chunk(query, query, top_k, jax.eval_shape(lay_out, query, query), KEY_MAJOR)
+            chunk = plan_chunk(query, query, top_k, jax.eval_shape(lay_out, query, query), PER_QUERY)
             assert isinstance(chunk, chunks.Chunk)
             pairs = chunk.rows * top_k
             cost = forward[block_size, chunk.tile_size]
@@ -139,7 +139,7 @@ def _whole(forward: dict, backward: dict, splash: float, router: dict[int, float
             if block_size == 128:
                 rows[-1] += (router[tokens], dense / (ours + top_k * router[tokens]))
             cost = backward[block_size]
-            padding = cost.slot * KEY_MAJOR.backward_tile_size / 2 * num_blocks / pairs
+            padding = cost.slot * PER_QUERY.backward_tile_size / 2 * num_blocks / pairs
             pack = measure("pack", rows=chunk.rows).all / pairs
             parts_backward = cost.slot, padding, (cost.row * chunk.rows + cost.chunk) / pairs, pack, sum(parts[-2:])
             backward_rows.append((tokens, *parts_backward, sum(parts_backward), sum(parts_backward) / sum(parts)))
@@ -188,7 +188,7 @@ def _router() -> dict[int, float]:
 
 
 def _tiles(splash: float, splash_backward: float) -> None:
-    """Prints the table of the query-tile-major kernels beside splash attention."""
+    """Prints the table of the per-tile kernels beside splash attention."""
     print("Query-tile-major kernels, cycles per query and 512 visited keys; 8192 queries, each visits 4096 keys:\n")
     rows: list[tuple[object, ...]] = []
     for block in (512, 128):
@@ -228,7 +228,7 @@ def tpu_report() -> None:
     )
     print(f"({SPLASH_TILE}); with the backward {backward:.2f} (1024).\n")
     _tiles(cost[SPLASH_TILE], backward)
-    slots = _key_major()
+    slots = _per_query()
     router = _router()
     _whole(*slots, cost[SPLASH_TILE], router)
     print(LIMITS, end="")

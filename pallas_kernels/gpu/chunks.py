@@ -244,7 +244,7 @@ def find_block(
 
 
 class Keys(NamedTuple):
-    """A stretch of a block's keys, in a kernel; each `[key_size]`."""
+    """A part of a block's keys, in a kernel; each `[key_size]`."""
 
     rows: jax.Array  # int32, in arrays [batch * keys * kv_heads]
     is_real: jax.Array  # bool, whether the key is in the block

@@ -12,17 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
-# The logit of a key out of sight. Finite, so that differences are; no real logit comes near it.
-OUT_OF_SIGHT = -0.7 * float(jnp.finfo(jnp.float32).max)
 # The smallest side of a matrix product, a limit of the tensor cores.
 SMALLEST_SIDE = 16
 LARGEST_HEAD_DIM = 256
-
-NN = (((1,), (0,)), ((), ()))  # a b
-NT = (((1,), (1,)), ((), ()))  # a b^T
-TN = (((0,), (0,)), ((), ()))  # a^T b
 
 
 def refuses(query: jax.Array) -> str | None:
@@ -106,9 +98,3 @@ def load_numbers(ref: Any, place: jax.Array, is_real: jax.Array, other: float = 
 def store_numbers(ref: Any, place: jax.Array, is_real: jax.Array, numbers: jax.Array) -> None:
     """Writes what `load_numbers` would read."""
     plgpu.store(ref.at[place], numbers.astype(ref.dtype), mask=is_real)
-
-
-def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
-    """Matrix product added up in float32; float32 operands are not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

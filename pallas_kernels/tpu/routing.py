@@ -9,22 +9,22 @@ known before (scalar prefetch); the pipeline fetches them, and a step without a 
 sums stay in VMEM over the steps of a group. Groups behind the last block that exists are not visited (dynamic grid),
 and hold whatever the memory held. Each key is read once and costs one row of a [128, 128] product: bound by memory.
 
-Scores and choice. Grid (batch, query head, tile of 512 queries, step). A step takes a stretch of 256 blocks, the means
+Scores and choice. Grid (batch, query head, tile of 512 queries, step). A step takes a panel of 256 blocks, the means
 [256, head_dim] and the queries [512, head_dim] in VMEM, and computes scores [256, 512] in float32 at highest precision:
 blocks along sublanes and queries along lanes, so that a maximum over blocks is elementwise and whatever is kept per
 query is a row of lanes. The best so far, [top_k, 512] scores and ids in falling order, stays in VMEM over the steps.
 The MXU multiplies bfloat16, and three such numbers hold a float32: for bfloat16 queries the pieces of the means lie
 side by side, [256, 3 head_dim], against the queries three times, and one product adds them up.
 
-A stretch is merged in two parts. Sort: four consecutive blocks are a column; exchanges of neighbours sort it for every
+A panel is merged in two parts. Sort: four consecutive blocks are a column; exchanges of neighbours sort it for every
 query. Columns lie along sublanes, their four levels in four arrays [64, 512] (rows of the means are reordered for
 that), so that an exchange is elementwise. One word a column and query holds the column's number and the order of its
 four. Extract: take each query's best among the heads of its columns, insert it into the list at its place (compare,
 shift by one sublane, select), and pop its column. This is done as often as some query has blocks above the last of its
 list, at most top_k times, as counted after the sort: a test after each extraction would save few, but each time wait
 some 200 cycles for a number to come from the vector to the scalar unit. The first extraction hides half of that wait.
-Order gives the tie rule: stretches rise, the sort is stable, extraction takes the lowest column among equals, insertion
-goes behind equals. A tile visits only the stretches that one of its queries may see, and masks only those that some
+Order gives the tie rule: panels rise, the sort is stable, extraction takes the lowest column among equals, insertion
+goes behind equals. A tile visits only the panels that one of its queries may see, and masks only those that some
 query sees in part or is forced into (scalar prefetch); other steps compute nothing.
 The sort takes some twelve operations a score, an extraction fourteen for each head: bound by the vector unit, apart
 from a wait of some 200 cycles for the product's first rows.
@@ -41,7 +41,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.tpu.key_work import LANES, NT, TN, product, round_up
+from pallas_kernels.numerics import NT, TN, product
+from pallas_kernels.tpu.per_query.memory import LANES, round_up
 
 _SUBLANES = 8
 _LEVELS = 4  # blocks of a column
@@ -55,7 +56,7 @@ class RoutingConfig:
 
     key_rows: int = 1024  # keys that a step of the means reads, a multiple of 16
     queries: int = 512  # queries of a tile, a multiple of 128
-    blocks: int = 256  # blocks of a stretch: 32, 64 or a multiple of 128
+    blocks: int = 256  # blocks of a panel: 32, 64 or a multiple of 128
 
     def __post_init__(self) -> None:
         for name, multiple in (("key_rows", 16), ("queries", LANES), ("blocks", LANES)):
@@ -116,17 +117,17 @@ def route(
     tile = min(config.queries, round_up(num_queries, LANES))
     padding = -num_queries % tile
     num_tiles = (num_queries + padding) // tile
-    stretch = min(config.blocks, round_up(blocks.num_blocks, _LEVELS * _SUBLANES))
+    panel = min(config.blocks, round_up(blocks.num_blocks, _LEVELS * _SUBLANES))
     query = jnp.pad(query.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
     first_block = jnp.pad(blocks.first_block, ((0, 0), (0, padding)))  # [batch, queries]
     last_block = jnp.pad(blocks.last_block, ((0, 0), (0, padding)), constant_values=-1)  # [batch, queries]
 
-    # Which stretches a tile reaches, and which blocks all its queries see and are not forced into. The grid has as
+    # Which panels a tile reaches, and which blocks all its queries see and are not forced into. The grid has as
     # many steps as the tile that reaches most.
-    is_reached = first_block <= last_block
+    has_blocks = first_block <= last_block
     of_tiles = batch, num_tiles, tile
-    begin = jnp.where(is_reached, first_block, num_blocks - 1).reshape(of_tiles).min(2) // stretch
-    end = jnp.where(is_reached, last_block, -1).reshape(of_tiles).max(2) // stretch + 1
+    begin = jnp.where(has_blocks, first_block, num_blocks - 1).reshape(of_tiles).min(2) // panel
+    end = jnp.where(has_blocks, last_block, -1).reshape(of_tiles).max(2) // panel + 1
     plain_begin = first_block.reshape(of_tiles).max(2)
     plain_end = last_block.reshape(of_tiles).min(2) + (0 if is_causal else 1)
     bounds = jnp.stack([begin, end, plain_begin, plain_end], axis=2)  # [batch, tiles, 4]
@@ -147,12 +148,12 @@ def route(
             in_specs=[
                 pl.BlockSpec((1, 1, tile, head_dim), lambda b, h, t, *_: (b, h, t, 0)),
                 pl.BlockSpec((1, 2, tile), lambda b, h, t, *_: (b, 0, t)),
-                pl.BlockSpec((1, 1, stretch, means.shape[3]), tile_of_means),
+                pl.BlockSpec((1, 1, panel, means.shape[3]), tile_of_means),
             ],
             out_specs=pl.BlockSpec((1, 1, list_rows, tile), lambda b, h, t, *_: (b, h, 0, t)),
             scratch_shapes=[
-                pltpu.VMEM((_LEVELS, stretch // _LEVELS, tile), jnp.float32),
-                pltpu.VMEM((stretch // _LEVELS, tile), jnp.float32),
+                pltpu.VMEM((_LEVELS, panel // _LEVELS, tile), jnp.float32),
+                pltpu.VMEM((panel // _LEVELS, tile), jnp.float32),
                 pltpu.VMEM((1, tile), jnp.float32),
                 pltpu.VMEM((list_rows, tile), jnp.float32),
                 pltpu.VMEM((list_rows, tile), jnp.int32),
@@ -184,12 +185,12 @@ def _in_pieces(means: jax.Array) -> jax.Array:
 
 
 def _route_kernel(
-    bounds_ref: Any,  # SMEM [batch * tiles * 4]: stretches from, to; blocks that all queries see unforced, from, to
+    bounds_ref: Any,  # SMEM [batch * tiles * 4]: panels from, to; blocks that all queries see unforced, from, to
     query_ref: Any,  # [1, 1, queries, head_dim]
-    reach_ref: Any,  # [1, 2, queries]: first block, last block
+    block_range_ref: Any,  # [1, 2, queries]: first block, last block
     mean_ref: Any,  # [1, 1, blocks, head_dim or three times that], by levels
     indices_ref: Any,  # [1, 1, list_rows, queries]
-    score_ref: Any,  # [4, columns, queries], of the current stretch; falling in a column
+    score_ref: Any,  # [4, columns, queries], of the current panel; falling in a column
     word_ref: Any,  # [columns, queries], 2**23 + column * 256 + levels that are left, two bits each, best lowest
     next_ref: Any,  # [1, queries], the largest score
     best_score_ref: Any,  # [list_rows, queries], falling
@@ -201,9 +202,9 @@ def _route_kernel(
 ) -> None:
     at = (pl.program_id(0) * num_tiles + pl.program_id(2)) * 4
     step = pl.program_id(3)
-    stretch = bounds_ref[at] + step
+    panel = bounds_ref[at] + step
     num_columns, num_queries = word_ref.shape
-    first_block = stretch * (_LEVELS * num_columns)
+    first_block = panel * (_LEVELS * num_columns)
     groups = [pl.ds(column, _SUBLANES) for column in range(0, num_columns, _SUBLANES)]
 
     @pl.when(step == 0)
@@ -216,7 +217,7 @@ def _route_kernel(
         mean, query = mean_ref[0, 0], query_ref[0, 0]
         query = jnp.concatenate([query] * (mean.shape[1] // query.shape[1]), axis=1)  # against each piece of the means
         scores = product(mean, query, NT)  # [blocks, queries]; products of bfloat16 are exact
-        first, last = (reach_ref[0, row : row + 1] - first_block for row in range(2))  # [1, queries]
+        first, last = (block_range_ref[0, row : row + 1] - first_block for row in range(2))  # [1, queries]
         threshold = best_score_ref[top_k - 1 : top_k]  # [1, queries]
         row = lax.broadcasted_iota(jnp.int32, (_SUBLANES, num_queries), 0)
         largest = jnp.full(row.shape, -jnp.inf)
@@ -240,7 +241,7 @@ def _route_kernel(
         return jnp.minimum(better.sum(0, keepdims=True).max(), top_k).astype(jnp.int32)
 
     def extract(_: Any, carry: None) -> None:
-        """Moves every query's best block of the stretch to its place in the list, or behind the last."""
+        """Moves every query's best block of the panel to its place in the list, or behind the last."""
         best = next_ref[...]
         word = jnp.full((_SUBLANES, num_queries), _NO_WORD)
         for group in groups:
@@ -275,7 +276,7 @@ def _route_kernel(
         extract(0, None)
         lax.fori_loop(1, number, extract, None)
 
-    @pl.when(stretch < bounds_ref[at + 1])
+    @pl.when(panel < bounds_ref[at + 1])
     def _() -> None:
         is_cut = (first_block < bounds_ref[at + 2]) | (bounds_ref[at + 3] < first_block + _LEVELS * num_columns)
         lax.cond(is_cut, lambda: merge(True), lambda: merge(False))

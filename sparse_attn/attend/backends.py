@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
-from pallas_kernels.config import KEY_MAJOR, MOSAIC, TRITON, KeyMajorConfig, MosaicConfig, TritonConfig
+from pallas_kernels.config import MOSAIC, PER_QUERY, TRITON, MosaicConfig, PerQueryConfig, TritonConfig
 from sparse_attn import reference
 from sparse_attn.attend import per_query, per_tile, route
 from sparse_attn.attend.choice import Choice, PerQuery, PerTile
@@ -146,7 +146,7 @@ class TpuKernels(_Kernels):
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
     """
 
-    config: KeyMajorConfig = KEY_MAJOR
+    config: PerQueryConfig = PER_QUERY
     routing: "RoutingConfig | None" = None
     interpret: Any = False
 
@@ -155,7 +155,8 @@ class TpuKernels(_Kernels):
         return None if self.interpret else ("tpu",)
 
     def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
-        from pallas_kernels.tpu import limits, tile_sides
+        from pallas_kernels.tpu import limits
+        from pallas_kernels.tpu.per_tile import operands
 
         if arrays[2].shape != arrays[1].shape:
             return f"the TPU kernels take values of key's head_dim {arrays[1].shape[3]}, got {arrays[2].shape[3]}"
@@ -163,7 +164,7 @@ class TpuKernels(_Kernels):
             return limits.refuses_per_query(*arrays[:2], choice.indices.shape[3], choice.blocks, self.config)
         if choice.key_log_weight is not None:
             return "the TPU kernels count every key once, got key_log_weight"
-        return tile_sides.refuses(arrays[0], choice.query_block_size, choice.blocks.block_size)
+        return operands.refuses(arrays[0], choice.query_block_size, choice.blocks.block_size)
 
     def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
         from pallas_kernels.tpu import routing
@@ -177,21 +178,23 @@ class TpuKernels(_Kernels):
         return routing.route(query, key, blocks, top_k=top_k, is_causal=is_causal, interpret=self.interpret, **options)
 
     def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
-        from pallas_kernels.tpu import forward, forward_tiles
+        from pallas_kernels.tpu.per_query.forward import attend_forward
+        from pallas_kernels.tpu.per_tile.forward import attend_tiles_forward
 
         if isinstance(choice, PerQuery):
-            return self._per_query(forward.attend_forward, arrays, choice, scale)
+            return self._per_query(attend_forward, arrays, choice, scale)
         lists, options = _lists(choice), {"scale": scale, "interpret": self.interpret}
-        return forward_tiles.attend_tiles_forward(arrays, lists, choice.blocks, choice.query_block_size, **options)
+        return attend_tiles_forward(arrays, lists, choice.blocks, choice.query_block_size, **options)
 
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
-        from pallas_kernels.tpu import backward, backward_tiles
+        from pallas_kernels.tpu.per_query.backward import attend_backward
+        from pallas_kernels.tpu.per_tile.backward import attend_tiles_backward
 
         if isinstance(choice, PerQuery):
-            return self._per_query(backward.attend_backward, arrays, choice, results, cotangents, scale)
+            return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
         rest, options = (results, cotangents), {"scale": scale, "interpret": self.interpret}
         lists, size = _lists(choice), choice.query_block_size
-        return backward_tiles.attend_tiles_backward(arrays, lists, choice.blocks, size, *rest, **options)
+        return attend_tiles_backward(arrays, lists, choice.blocks, size, *rest, **options)
 
 
 class _GpuKernels(_Kernels):
@@ -239,23 +242,23 @@ class TritonKernels(_GpuKernels):
         return tiles.refuses(query)
 
     def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
-        from pallas_kernels.gpu import routing
+        from pallas_kernels.gpu.triton import routing
 
         return routing.refuses(query, top_k)
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
-        from pallas_kernels.gpu import routing
+        from pallas_kernels.gpu.triton import routing
 
         options: dict[str, Any] = {"config": self.config, "interpret": self.interpret}
         return routing.route(query, key, blocks, top_k=top_k, is_causal=is_causal, **options)
 
     def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
-        from pallas_kernels.gpu.forward import attend_forward
+        from pallas_kernels.gpu.triton.forward import attend_forward
 
         return self._per_query(attend_forward, arrays, choice, scale)
 
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
-        from pallas_kernels.gpu.backward import attend_backward
+        from pallas_kernels.gpu.triton.backward import attend_backward
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
 
@@ -275,9 +278,9 @@ class MosaicKernels(_GpuKernels):
     interpret: Any = False
 
     def _refuses_query(self, query: jax.Array) -> str | None:
-        from pallas_kernels.gpu import mosaic_tiles
+        from pallas_kernels.gpu.mosaic import tiles
 
-        return mosaic_tiles.refuses(query)
+        return tiles.refuses(query)
 
     def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
         return self.router.refuses_route(query, top_k)
@@ -286,12 +289,12 @@ class MosaicKernels(_GpuKernels):
         return self.router.route(query, key, blocks, top_k, is_causal)
 
     def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
-        from pallas_kernels.gpu.mosaic_forward import attend_forward
+        from pallas_kernels.gpu.mosaic.forward import attend_forward
 
         return self._per_query(attend_forward, arrays, choice, scale)
 
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
-        from pallas_kernels.gpu.mosaic_backward import attend_backward
+        from pallas_kernels.gpu.mosaic.backward import attend_backward
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
 

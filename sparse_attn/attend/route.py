@@ -94,9 +94,9 @@ def route(query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causa
             score, place = jax.lax.top_k(score, top_k)  # stable, and earlier blocks stand first: S3
             return score, jnp.take_along_axis(block, place, axis=1)
 
-        is_reached = first <= last
-        begin = jnp.where(is_reached, first, blocks.num_blocks).min() // step_blocks
-        end = jnp.where(is_reached, last, -1).max() // step_blocks + 1
+        has_blocks = first <= last
+        begin = jnp.where(has_blocks, first, blocks.num_blocks).min() // step_blocks
+        end = jnp.where(has_blocks, last, -1).max() // step_blocks + 1
         empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
         empty = vary_alike(empty, query)
         score, block = jax.lax.fori_loop(-loop_bound(-begin), loop_bound(end), extend, empty)

@@ -33,8 +33,10 @@ from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TRITON, MosaicConfig
-from pallas_kernels.gpu import backward, forward, mosaic_backward, mosaic_forward
-from pallas_kernels.gpu.routing import route
+from pallas_kernels.gpu.mosaic import backward as mosaic_backward
+from pallas_kernels.gpu.mosaic import forward as mosaic_forward
+from pallas_kernels.gpu.triton import backward, forward
+from pallas_kernels.gpu.triton.routing import route
 from tests.cases import abstract_blocks
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")

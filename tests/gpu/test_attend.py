@@ -14,12 +14,12 @@ from tests.cases import Case
 
 pytestmark = pytest.mark.timeout(120)
 
-# Small, so that a chunk of 60 rows has several groups of rows to merge, a block several tiles and stretches of keys.
+# Small, so that a chunk of 60 rows has several groups of rows to merge, a block several tiles and parts of keys.
 SMALL = TritonConfig(tile_size=16, key_size=16, backward_tile_size=16, merge_rows=16)
 CHUNK_ROWS = 60
 
 # Query heads per key/value head: 7, 4, 1, 3, 8, 2. Heads have three or four chunks, the last one shorter, but for
-# "all_see_lengths", which has three chunks of two heads. In "grouped_ragged" and "wide" a block has three stretches of
+# "all_see_lengths", which has three chunks of two heads. In "grouped_ragged" and "wide" a block has three parts of
 # keys, the last of eight, and in the first one three tiles, the last of which is not full.
 CASES = (
     Case("grouped_ragged", 1, 25, 50, heads=14, head_dim=20, block_size=40, top_k=4, scale=0.7),

@@ -1,7 +1,7 @@
 """The Mosaic GPU kernels that attend, on a GPU or interpreted on a CPU with race detection, against loops in NumPy.
 
 The interpreter knows the memories, the warpgroups and the barriers, but neither wgmma nor lane code: products and the
-copies of rows are replaced by plain ones. What is left to a GPU to prove are those few functions of `mosaic_tiles`.
+copies of rows are replaced by plain ones. What is left to a GPU to prove are those few functions of `tiles`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.config import MosaicConfig
-from pallas_kernels.gpu import mosaic_backward, mosaic_forward, mosaic_tiles
+from pallas_kernels.gpu.mosaic import backward, forward, tiles
 from sparse_attn.attend.backends import MosaicKernels
 from sparse_attn.layout import whole_rows
 from tests import attend
@@ -53,7 +53,7 @@ def ranks(shape, axis):
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def anew(number):
+def opaque(number):
     return number
 
 
@@ -98,7 +98,7 @@ STAND_INS = {
     "load_numbers": load_numbers,
     "zeros": zeros,
     "ranks": ranks,
-    "anew": anew,
+    "opaque": opaque,
     "copy_listed_rows": copy_listed_rows,
     "copy_block": copy_block,
     "close_copies": close_copies,
@@ -142,7 +142,7 @@ def actual(case):
     """As `expected`, from the kernels; a race is an error."""
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
-            replace_products_and_copies(patch, mosaic_forward, mosaic_backward)
+            replace_products_and_copies(patch, forward, backward)
         return attend.run(case, backend(case))
 
 
@@ -162,12 +162,12 @@ def test_gradients_are_those_of_the_oracle(case):
 @pytest.mark.skipif(ON_GPU, reason="races are seen by the interpreter alone")
 def test_a_kernel_that_does_not_wait_for_a_free_slot_is_caught(monkeypatch):
     wait = "place - begin >= config.query_slots"
-    source = inspect.getsource(mosaic_forward)
+    source = inspect.getsource(forward)
     assert source.count(wait) == 1
     mutant = types.ModuleType("mutant")
     exec(source.replace(wait, "place < begin"), vars(mutant))
-    replace_products_and_copies(monkeypatch, mutant, mosaic_backward)
-    monkeypatch.setattr(mosaic_forward, "attend_forward", mutant.attend_forward)
+    replace_products_and_copies(monkeypatch, mutant, backward)
+    monkeypatch.setattr(forward, "attend_forward", mutant.attend_forward)
     # One block of about four tiles: with several blocks the wait for a free block would hide the lack.
     case = Case("mutant", 1, 400, 8, kv_heads=1, top_k=1, is_causal=False, dtype="bfloat16")
     try:
@@ -182,7 +182,7 @@ def test_what_the_kernels_cannot_do_is_said():
         array = jnp.zeros((1, 1, 1, head_dim), dtype)
         blocks = whole_rows(array, array, block_size=16, is_causal=True)
         with pytest.raises(NotImplementedError, match=reason):
-            mosaic_forward.attend_forward((array,) * 3, jnp.zeros((1, 1, 1, 1), jnp.int32), blocks, scale=1.0)
+            forward.attend_forward((array,) * 3, jnp.zeros((1, 1, 1, 1), jnp.int32), blocks, scale=1.0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (32, 128), (128, 128)])
@@ -190,12 +190,12 @@ def test_threads_move_every_piece_to_where_wgmma_reads_it(monkeypatch, rows, col
     """The arithmetic of the lane code, done with integers, against a layout written down by bytes."""
     integers = {"addi": "add", "muli": "mul", "divui": "floordiv", "remui": "mod", "xori": "xor"}
     operations = types.SimpleNamespace(**{name: getattr(operator, function) for name, function in integers.items()})
-    monkeypatch.setattr(mosaic_tiles, "arith", operations)
-    monkeypatch.setattr(mosaic_tiles, "_int", int)
+    monkeypatch.setattr(tiles, "arith", operations)
+    monkeypatch.setattr(tiles, "_int", int)
     places = np.full((rows, columns * 2 // 16), -1)
     for lane in range(128):
-        monkeypatch.setattr(mosaic_tiles, "_lane", lambda lane=lane: lane)
-        for piece in mosaic_tiles._pieces(rows, columns):
+        monkeypatch.setattr(tiles, "_lane", lambda lane=lane: lane)
+        for piece in tiles._pieces(rows, columns):
             assert places[piece.row, piece.number] == -1
             places[piece.row, piece.number] = piece.in_tile
     boxes = np.arange(rows * columns * 2).reshape(rows // 8, columns // 64, 8, 128)  # of 8 rows of 128 bytes
@@ -205,7 +205,7 @@ def test_threads_move_every_piece_to_where_wgmma_reads_it(monkeypatch, rows, col
 
 def test_programs_have_equal_work():
     work, is_listed = jnp.array([2, 0, 1, 1, 2]), jnp.array([True, False, True, True, True])
-    order, bounds = mosaic_tiles.share_out(work, is_listed, 3)
+    order, bounds = tiles.balance(work, is_listed, 3)
     np.testing.assert_array_equal(order[:4], [0, 2, 3, 4])
     np.testing.assert_array_equal(bounds, [0, 1, 3, 4])
 

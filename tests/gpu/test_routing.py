@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.config import TritonConfig
-from pallas_kernels.gpu import routing
+from pallas_kernels.gpu.triton import routing
 from sparse_attn.checks import Sequences
 from sparse_attn.layout import make_blocks, order_keys, whole_rows
 from tests import cases, oracle
@@ -13,14 +13,14 @@ from tests.cases import Case
 
 pytestmark = pytest.mark.timeout(120)
 
-# Small, so that short sequences have several tiles and stretches, and a block of five keys three steps of two.
+# Small, so that short sequences have several tiles and panels, and a block of five keys three steps of two.
 SMALL = TritonConfig(route_queries=16, route_blocks=16, means_keys=2)
 
 # Query heads per key/value head: 1, 2, 3, 4, 7, 8.
 CASES = (
     Case("ties", batch=1, queries=50, keys=50, heads=6, block_size=4, top_k=3, exact=True),
-    # Five stretches of blocks, the last one of one block, and tiles of queries that do not reach all of them.
-    Case("stretches", batch=1, queries=60, keys=130, heads=1, kv_heads=1, block_size=2, top_k=9, exact=True),
+    # Five panels of blocks, the last one of one block, and tiles of queries that do not reach all of them.
+    Case("panels", batch=1, queries=60, keys=130, heads=1, kv_heads=1, block_size=2, top_k=9, exact=True),
     Case("top_64", batch=1, queries=20, keys=150, heads=1, kv_heads=1, block_size=2, top_k=64, is_causal=False),
     Case("mixed", queries=50, keys=70, heads=4, kv_heads=1, block_size=4, top_k=3, sequences="mixed"),
     Case("lengths", batch=3, heads=14, sequences="lengths", queries=37, keys=50, top_k=9, block_size=5, head_dim=20),

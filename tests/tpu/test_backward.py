@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu.backward import _parts
-from pallas_kernels.tpu.key_work import LANES, round_up
+from pallas_kernels.tpu.per_query.backward import _parts
+from pallas_kernels.tpu.per_query.memory import LANES, round_up
 from sparse_attn.attend.backends import TpuKernels
 from sparse_attn.attend.choice import PerQuery
 from tests import attend, cases
-from tests.tpu.key_major import CASES, LOUD, with_chunks
+from tests.tpu.per_query import CASES, LOUD, with_chunks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("strict_ranks")]
 

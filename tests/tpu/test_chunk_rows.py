@@ -7,8 +7,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import chunk_rows
-from pallas_kernels.tpu.key_work import LANES, SPARE_ROWS
+from pallas_kernels.tpu.per_query import chunk_rows
+from pallas_kernels.tpu.per_query.memory import LANES, SPARE_ROWS
 from tests import cases
 
 pytestmark = pytest.mark.timeout(120)

@@ -1,13 +1,13 @@
-"""Sizes of chunks and tiles of the key-major kernels: what fits, and what pays."""
+"""Sizes of chunks and tiles of the per-query kernels: what fits, and what pays."""
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.config import KEY_MAJOR
-from pallas_kernels.tpu import chunks
+from pallas_kernels.config import PER_QUERY
+from pallas_kernels.tpu.per_query import chunks
 
 ROW = {"row_bytes": 1536, "row_multiple": 128, "slot_bytes": 5632, "tile_bytes": 1 << 17, "pairs_per_row": 8}
-TILES = {"tile_sizes": (128, 64), "slots_per_step": 1024, "config": KEY_MAJOR}
+TILES = {"tile_sizes": (128, 64), "slots_per_step": 1024, "config": PER_QUERY}
 
 
 @pytest.mark.parametrize("chip_bytes", [64 << 20, 128 << 20])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu.cut_tiles import _sort_rows, make_tiles
-from pallas_kernels.tpu.key_work import Pieces
+from pallas_kernels.tpu.per_query.cut_tiles import _sort_rows, make_tiles
+from pallas_kernels.tpu.per_query.memory import Pieces
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -30,14 +30,14 @@ def test_tiles_hold_each_piece_s_rows_in_order(tile_size, interpret):
         for first in range(0, chosen.size, tile_size):
             part = chosen[first : first + tile_size]
             padded = np.append(part, np.full(tile_size - part.size, rows))
-            expected.append((padded, pieces.stretch[piece], start[piece], start[piece] + 7))
+            expected.append((padded, pieces.page[piece], start[piece], start[piece] + 7))
     num_steps = -(-len(expected) // tiles_per_step)
     assert tiles.num_steps == num_steps
     want_rows, *want_numbers = (np.array(numbers) for numbers in zip(*expected, strict=True))
     actual = np.asarray(tiles.row).reshape(-1, tile_size)
     np.testing.assert_array_equal(actual[: len(expected)], want_rows)
     np.testing.assert_array_equal(actual[len(expected) : (num_steps + 1) * tiles_per_step], rows)
-    for numbers, want in zip((tiles.stretch, tiles.start, tiles.stop), want_numbers, strict=True):
+    for numbers, want in zip((tiles.page, tiles.start, tiles.stop), want_numbers, strict=True):
         np.testing.assert_array_equal(numbers[: len(expected)], want)
 
 

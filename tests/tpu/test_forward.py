@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu import forward
-from pallas_kernels.tpu.key_work import parts_of, words_of
+from pallas_kernels.tpu.per_query import forward
+from pallas_kernels.tpu.per_query.memory import parts_of, words_of
 from sparse_attn.attend.backends import TpuKernels
 from sparse_attn.attend.choice import PerQuery
 from sparse_attn.layout import whole_rows
 from tests import attend, cases
-from tests.tpu.key_major import CASES, LOUD, with_chunks
+from tests.tpu.per_query import CASES, LOUD, with_chunks
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("strict_ranks")]
 

@@ -18,9 +18,9 @@ SMALL = routing.RoutingConfig(key_rows=32, queries=128, blocks=32)
 # Query heads per key/value head: 1, 2, 3, 4, 7, 8.
 CASES = (
     Case("ties", batch=1, queries=70, keys=70, heads=6, head_dim=64, block_size=4, top_k=3, exact=True),
-    # Three tiles of queries, three groups of blocks, ten stretches, none of the last ones full, and tiles that do not
-    # reach all of them. The first query's own block is the last of a stretch.
-    Case("stretches", batch=1, queries=260, keys=291, heads=1, kv_heads=1, block_size=1, top_k=9, exact=True),
+    # Three tiles of queries, three groups of blocks, ten panels, none of the last ones full, and tiles that do not
+    # reach all of them. The first query's own block is the last of a panel.
+    Case("panels", batch=1, queries=260, keys=291, heads=1, kv_heads=1, block_size=1, top_k=9, exact=True),
     Case("top_64", batch=1, queries=20, keys=150, heads=1, kv_heads=1, block_size=2, top_k=64, is_causal=False),
     Case("mixed", queries=150, keys=170, heads=4, kv_heads=1, block_size=4, top_k=3, sequences="mixed"),
     Case("lengths", batch=3, heads=4, sequences="lengths", queries=37, keys=50, top_k=9, block_size=5, head_dim=96),

@@ -1,11 +1,11 @@
-"""The arguments of the query-tile-major kernels in the layout that the kernels take.
+"""The arguments of the per-tile kernels in the layout that the kernels take.
 
 Query tiles and key blocks of any size are brought to *parts* of at most 512 rows, a multiple of 16: a longer tile is
 cut into several parts with the same list, a longer block into several ids, and what a part lacks is padding that no
 query sees. A part is a whole array of its own behind the leading axes: no copy starts inside a register tile.
 
-The reach of a part's queries against the positions of a part's keys tells in advance which pairs of parts have nothing
-to do with each other (they are dropped) and which are seen as a whole (they need no mask).
+The range of positions that a part's queries see, against the positions of a part's keys, tells in advance which pairs
+of parts have nothing to do with each other (they are dropped) and which are seen as a whole (they need no mask).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _MULTIPLE = 16  # rows of a bfloat16 register tile
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """Sizes of the query-tile-major kernels.
+    """Sizes of the per-tile kernels.
 
     Attributes:
       largest_tile: longest query tile or key block that a program owns or loads in one piece; longer ones are cut.
@@ -87,12 +87,12 @@ class Pairs(NamedTuple):
     needs_mask: jax.Array
 
 
-def make_pairs(blocks: jax.Array, reach: jax.Array, position: jax.Array, query_cut: Cut, key_cut: Cut) -> Pairs:
+def make_pairs(blocks: jax.Array, key_range: jax.Array, position: jax.Array, query_cut: Cut, key_cut: Cut) -> Pairs:
     """Lists the pairs of the selection, cut as the kernels cut them, and finds which need a mask and which are empty.
 
     Args:
       blocks: int32 `[batch, heads, tiles, list]`, -1 for none, anywhere.
-      reach: int32 `[batch, tiles * query parts, 2, part]`, first position that a query sees and one past the last.
+      key_range: int32 `[batch, tiles * query parts, 2, part]`, first position that a query sees and one past the last.
       position: int32 `[batch * kv_heads, blocks * key parts, part]`.
     """
     batch, heads, num_tiles, _ = blocks.shape
@@ -109,19 +109,19 @@ def make_pairs(blocks: jax.Array, reach: jax.Array, position: jax.Array, query_c
         return jnp.repeat(number, heads, axis=0)[..., None]
 
     first, last = of_block(position.min(-1)), of_block(position.max(-1))
-    start, stop = reach[:, :, 0], reach[:, :, 1]  # [batch, tiles, part]
+    start, stop = key_range[:, :, 0], key_range[:, :, 1]  # [batch, tiles, part]
     is_seen = (blocks >= 0) & (first < of_tile(stop.max(-1))) & (of_tile(start.min(-1)) <= last)
     sees_all = (of_tile(start.max(-1)) <= first) & (last < of_tile(stop.min(-1)))
     tile = jnp.where(is_seen, jnp.arange(blocks.shape[1], dtype=jnp.int32)[None, :, None], -1)
     return Pairs(*(array.reshape(batch * heads, -1) for array in (tile, blocks, ~sees_all)))
 
 
-class Sides(NamedTuple):
+class Operands(NamedTuple):
     """The arrays of a call as the kernels take them. A row is a head of a batch row; a tile is a part of a query tile.
 
     Attributes:
       query: `[batch * heads, tiles, part, head_dim]`.
-      reach: int32 `[batch, tiles, 2, part]`: first position that a query sees, one past the last.
+      key_range: int32 `[batch, tiles, 2, part]`: first position that a query sees, one past the last.
       key_value: `[batch * kv_heads, blocks, 2, part, head_dim]`, a block's keys and then its values.
       position: int32 `[batch * kv_heads, blocks, 1, part]`.
       pairs: what the lists say.
@@ -130,7 +130,7 @@ class Sides(NamedTuple):
     """
 
     query: jax.Array
-    reach: jax.Array
+    key_range: jax.Array
     key_value: jax.Array
     position: jax.Array
     pairs: Pairs
@@ -151,22 +151,24 @@ def refuses(query: jax.Array, query_block_size: int, block_size: int) -> str | N
     return None
 
 
-def split_sides(arrays: Arrays, lists: jax.Array, blocks: Blocks, query_block_size: int, config: TileConfig) -> Sides:
+def make_operands(
+    arrays: Arrays, lists: jax.Array, blocks: Blocks, query_block_size: int, config: TileConfig
+) -> Operands:
     """Brings the arguments of `attend_tiles_forward` into the kernels' layout."""
     query, key, value = arrays
     if (reason := refuses(query, query_block_size, blocks.block_size)) is not None:
         raise NotImplementedError(reason)
     query_cut, key_cut = (Cut.of(size, config.largest_tile) for size in (query_block_size, blocks.block_size))
-    reach = jnp.stack([query_cut.split(array[:, :, None]) for array in (blocks.start, blocks.stop)], axis=2)
+    key_range = jnp.stack([query_cut.split(array[:, :, None]) for array in (blocks.start, blocks.stop)], axis=2)
     position = blocks.key_position()
     position = jnp.broadcast_to(position, (*position.shape[:2], key.shape[2]))  # [batch, keys, kv_heads]
     position = key_cut.split(position, fill=NOWHERE)
-    return Sides(
+    return Operands(
         query=query_cut.split(query),
-        reach=reach,
+        key_range=key_range,
         key_value=jnp.stack([key_cut.split(key), key_cut.split(value)], axis=2),
         position=position[:, :, None],
-        pairs=make_pairs(lists, reach, position, query_cut, key_cut),
+        pairs=make_pairs(lists, key_range, position, query_cut, key_cut),
         query_cut=query_cut,
         key_cut=key_cut,
     )

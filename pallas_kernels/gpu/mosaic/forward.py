@@ -1,4 +1,4 @@
-"""Attention for choices made per query, on Hopper (sm_90a): key-major, in Mosaic GPU.
+"""Attention for choices made per query, on Hopper (sm_90a): one key block after another, in Mosaic GPU.
 
 Compiled and interpreted only: nothing here has run on a GPU yet.
 
@@ -7,7 +7,7 @@ Tiling. Chunks of rows and tiles of pairs as in `forward`, whose merge follows t
 for each multiprocessor walks a run of tiles; the tiles of a block follow one another, and its keys stay.
 
 A program has three warpgroups. The last one moves data: keys and values when the block changes, then the queries of a
-tile, gathered row by row from `[batch, queries, heads, head_dim]` with cp.async (`mosaic_tiles`), and by TMA the short
+tile, gathered row by row from `[batch, queries, heads, head_dim]` with cp.async (`tiles`), and by TMA the short
 lists that belong to a tile. It is up to two tiles ahead. The other two attend, 64 rows of the tile each: logits q k^T
 by wgmma, one softmax, p v by wgmma. The result takes the place of the queries in shared memory, and goes from there to
 the places of the pairs, row by row. With `gather_in_kernel=False` XLA gathers the queries before, in the order of the
@@ -37,11 +37,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig
 from pallas_kernels.gpu.chunks import Chunk, Plan, find_block, for_chunks, make_plan
-from pallas_kernels.gpu.forward import merge
-from pallas_kernels.gpu.mosaic_tiles import (
+from pallas_kernels.gpu.mosaic.tiles import (
     BY_ROW,
     ROWS,
     SWIZZLED,
+    balance,
     close_copies,
     copy_block,
     copy_listed_rows,
@@ -53,11 +53,11 @@ from pallas_kernels.gpu.mosaic_tiles import (
     product,
     ranks,
     refuses,
-    share_out,
     write_numbers,
     write_rows,
 )
-from pallas_kernels.gpu.tiles import LOG2_E, OUT_OF_SIGHT
+from pallas_kernels.gpu.triton.forward import merge
+from pallas_kernels.numerics import LOG2_E, OUT_OF_SIGHT
 
 _GROUPS = 2  # warpgroups that attend
 _TILE_SIZE = ROWS * _GROUPS
@@ -129,7 +129,7 @@ def _attend(
     schedule = chunk.schedule
     slots = list_slots(chunk, blocks, plan)
     is_used = jnp.arange(schedule.block.shape[1])[None, :] < schedule.num_tiles[:, None]  # [chunk_heads, tiles]
-    order, bounds = share_out(jnp.ones(is_used.size, jnp.int32), is_used.reshape(-1), config.num_programs)
+    order, bounds = balance(jnp.ones(is_used.size, jnp.int32), is_used.reshape(-1), config.num_programs)
     head = jnp.arange(plan.chunk_heads, dtype=jnp.int32)[:, None]
     numbers_of_blocks = blocks.block_start.reshape(-1), blocks.block_length.reshape(-1)
     block = find_block(chunk.origin, *numbers_of_blocks, head, schedule.block, plan)

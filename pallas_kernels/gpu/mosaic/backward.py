@@ -1,11 +1,11 @@
-"""Gradients of attention for choices made per query, on Hopper (sm_90a): key-major, in Mosaic GPU, without atomics.
+"""Gradients of attention for choices made per query, on Hopper (sm_90a): in Mosaic GPU, without atomics.
 
 Compiled and interpreted only: nothing here has run on a GPU yet.
 
 The formulas are those of `backward`. One kernel makes dQ of pairs, dK and dV, with five products; the sum over the
 pairs of a row is that of `backward`.
 
-Tiling. Chunks, tiles and parts of blocks as in `mosaic_forward`. One program for each multiprocessor walks a run of
+Tiling. Chunks, tiles and parts of blocks as in `forward`. One program for each multiprocessor walks a run of
 blocks of about equal work. It keeps the keys and values of a block in shared memory, and dK and dV, [64, head_dim] of
 each warpgroup in float32, in registers, from the first tile of the block to the last. A block of at most 64 keys has
 one warpgroup, a larger one two, which share its keys:
@@ -43,14 +43,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig
-from pallas_kernels.gpu.backward import add_up
 from pallas_kernels.gpu.chunks import Chunk, Plan, find_block, find_tiles, for_chunks, make_plan
-from pallas_kernels.gpu.mosaic_tiles import (
+from pallas_kernels.gpu.mosaic.tiles import (
     BY_COLUMN,
     ROWS,
     SWIZZLED,
     add_product,
-    anew,
+    balance,
     close_copies,
     copy_block,
     copy_listed_rows,
@@ -58,16 +57,17 @@ from pallas_kernels.gpu.mosaic_tiles import (
     key_size,
     list_slots,
     load_numbers,
+    opaque,
     pad_head_dim,
     product,
     ranks,
     refuses,
-    share_out,
     write_block,
     write_rows,
     zeros,
 )
-from pallas_kernels.gpu.tiles import LOG2_E
+from pallas_kernels.gpu.triton.backward import add_up
+from pallas_kernels.numerics import LOG2_E
 
 _SLOTS = 2  # tiles in shared memory: one worked on, one on its way
 
@@ -169,7 +169,7 @@ def _differentiate(
     block = find_block(chunk.origin, *numbers_of_blocks, head, number, plan)
     tiles = find_tiles(schedule, plan.num_blocks)  # [chunk_heads, blocks + 1]
     work = tiles[:, 1:] - tiles[:, :-1] + 1
-    order, bounds = share_out(work.reshape(-1), (block.length > 0).reshape(-1), config.num_programs)
+    order, bounds = balance(work.reshape(-1), (block.length > 0).reshape(-1), config.num_programs)
     first_tile = head * schedule.block.shape[1] + tiles
     of_blocks = first_tile[:, :-1], first_tile[:, 1:], block.first_row, block.length, head * plan.keys + block.start
     if not config.gather_in_kernel:
@@ -312,7 +312,7 @@ def _kernel(
                 load(tile + 1, number_of_tile + 1)
 
             query, d_output = query_tiles.at[slot], d_output_tiles.at[slot]
-            here = anew(jnp.int32(0))
+            here = opaque(jnp.int32(0))
             key, value, d_logits_tile = keys.at[here], values.at[here], d_logits_tiles.at[here]
             logits = product(key.at[my_keys], query.transpose((1, 0))) * (plan.scale * LOG2_E)  # [ROWS, tile_size]
 

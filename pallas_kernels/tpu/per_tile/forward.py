@@ -1,12 +1,13 @@
-"""Attention for choices made per query tile, on a TPU: each tile walks the list of its own key blocks.
+"""Attention for choices made per query tile, on a TPU: each tile streams its own list of key blocks.
 
 Tiling. A program owns one query tile of one head: the queries, the running maximum, the sum and the output stay in VMEM
-while its key blocks pass by (`tile_work.walk`), 1024 keys at a time, several blocks together where blocks are short.
+while its key blocks pass by (`pipeline.stream`), 1024 keys at a time, several blocks together where blocks are short.
 
-Layout. Logits are [keys, queries]: all that is kept per query (maximum, sum, reach) is one row of lanes, the maximum
-and the sum over keys are elementwise but for the last eight rows, and nothing is reduced along lanes. The output is
-accumulated as [head_dim, queries] = V^T P and turned once, at the end. The position of a key would be a column; it
-comes as a row and is turned in the kernel, and only where it matters: the list says which steps need a mask at all.
+Layout. Logits are [keys, queries]: all that is kept per query (maximum, sum, visible keys) is one row of lanes, the
+maximum and the sum over keys are elementwise but for the last eight rows, and nothing is reduced along lanes. The
+output is accumulated as [head_dim, queries] = V^T P and turned once, at the end. The position of a key would be a
+column; it comes as a row and is turned in the kernel, and only where it matters: the list says which steps need a mask
+at all.
 
 Memory. HBM: keys and values of a block side by side, one DMA for both; positions; lists. VMEM, at 512 queries, 1024
 keys and head_dim 128 in bfloat16: two buffers of keys and values 2 x 512 KB, logits and probabilities about 3 MB,
@@ -28,9 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks
-from pallas_kernels.tpu import tile_sides, tile_work
-from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
-from pallas_kernels.tpu.tile_work import LOG2_E, NT, OUT_OF_SIGHT, TN
+from pallas_kernels.numerics import LOG2_E, NT, OUT_OF_SIGHT, TN, product
+from pallas_kernels.tpu.per_tile import pipeline
+from pallas_kernels.tpu.per_tile.operands import DEFAULT, TileConfig, make_operands
 
 
 def attend_tiles_forward(
@@ -66,18 +67,18 @@ def attend_tiles_forward(
       NotImplementedError: query has another dtype, or a block size is below 16.
     """
     query, key, _ = arrays
-    sides = tile_sides.split_sides(arrays, lists, blocks, query_block_size, config)
+    operands = make_operands(arrays, lists, blocks, query_block_size, config)
     batch, num_queries, heads, head_dim = query.shape
-    rows, num_tiles, part, _ = sides.query.shape
+    rows, num_tiles, part, _ = operands.query.shape
     group = heads // key.shape[2]
-    entries = max(1, config.rows_per_step // sides.key_cut.part)
-    work = tile_work.make_work(
-        sides.pairs.tile, sides.pairs.block, sides.pairs.needs_mask, num_owners=num_tiles, entries=entries
+    entries = max(1, config.rows_per_step // operands.key_cut.part)
+    work = pipeline.make_work(
+        operands.pairs.tile, operands.pairs.block, operands.pairs.needs_mask, num_owners=num_tiles, entries=entries
     )
     output, log_sum_exp = pl.pallas_call(
         functools.partial(_kernel, scale=scale, group=group),
         out_shape=(
-            jax.ShapeDtypeStruct(sides.query.shape, query.dtype),
+            jax.ShapeDtypeStruct(operands.query.shape, query.dtype),
             jax.ShapeDtypeStruct((rows, num_tiles, 1, part), jnp.float32),
         ),
         grid=(rows, num_tiles),
@@ -94,25 +95,25 @@ def attend_tiles_forward(
             pl.BlockSpec((1, 1, 1, part), lambda r, t: (r, t, 0, 0)),
         ),
         scratch_shapes=[
-            *tile_work.key_scratch(entries, sides.key_cut.part, head_dim, key.dtype),
+            *pipeline.key_scratch(entries, operands.key_cut.part, head_dim, key.dtype),
             pltpu.VMEM((1, part), jnp.float32),
             pltpu.VMEM((1, part), jnp.float32),
             pltpu.VMEM((head_dim, part), jnp.float32),
         ],
-        compiler_params=tile_work.COMPILER_PARAMS,
+        compiler_params=pipeline.COMPILER_PARAMS,
         name="attend_tiles_forward",
         interpret=interpret,
-    )(work.span, sides.query, sides.reach, work.steps, sides.key_value, sides.position)
+    )(work.span, operands.query, operands.key_range, work.steps, operands.key_value, operands.position)
     return (
-        sides.query_cut.join(output, batch, num_queries),
-        sides.query_cut.join(log_sum_exp.swapaxes(2, 3), batch, num_queries)[..., 0],
+        operands.query_cut.join(output, batch, num_queries),
+        operands.query_cut.join(log_sum_exp.swapaxes(2, 3), batch, num_queries)[..., 0],
     )
 
 
 def _kernel(
     span_ref: Any,  # SMEM [1, 1, 1, 3]
     query_ref: Any,  # [1, 1, queries, head_dim]
-    reach_ref: Any,  # [1, 1, 2, queries]: first position seen, one past the last
+    key_range_ref: Any,  # [1, 1, 2, queries]: first position seen, one past the last
     steps_hbm: Any,  # HBM [rows, lines, 1, 128]
     key_value_hbm: Any,  # HBM [kv rows, blocks, 2, block, head_dim]
     position_hbm: Any,  # HBM [kv rows, blocks, 1, block]
@@ -133,23 +134,23 @@ def _kernel(
     largest_ref[...] = jnp.full(largest_ref.shape, OUT_OF_SIGHT, jnp.float32)
     total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
     sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-    keys = tile_work.KeyBuffers(key_value_hbm, position_hbm, key_value_ref, position_ref, semaphore, group)
+    keys = pipeline.KeyBuffers(key_value_hbm, position_hbm, key_value_ref, position_ref, semaphore, group)
 
     def attend(buffer: Any, is_masked: bool) -> None:
         key, value = keys.load(buffer)  # [keys, head_dim]
-        logits = tile_work.product(key, query_ref[0, 0], NT) * (scale * LOG2_E)  # [keys, queries]
+        logits = product(key, query_ref[0, 0], NT) * (scale * LOG2_E)  # [keys, queries]
         if is_masked:
             # A query that saw nothing so far has OUT_OF_SIGHT as its maximum and nonsense in its sums, which the first
             # key that it sees multiplies by exp2(OUT_OF_SIGHT - logit) = 0.
-            logits = jnp.where(keys.is_seen(buffer, reach_ref[0, 0]), logits, OUT_OF_SIGHT)
+            logits = jnp.where(keys.is_seen(buffer, key_range_ref[0, 0]), logits, OUT_OF_SIGHT)
         largest = jnp.maximum(largest_ref[...], logits.max(0, keepdims=True))
         weight = jnp.exp2(logits - largest)
         decay = jnp.exp2(largest_ref[...] - largest)
         largest_ref[...] = largest
         total_ref[...] = decay * total_ref[...] + weight.sum(0, keepdims=True)
-        sum_ref[...] = decay * sum_ref[...] + tile_work.product(value, weight.astype(value.dtype), TN)
+        sum_ref[...] = decay * sum_ref[...] + product(value, weight.astype(value.dtype), TN)
 
-    tile_work.walk(
+    pipeline.stream(
         span_ref,
         steps_hbm,
         ids_ref,

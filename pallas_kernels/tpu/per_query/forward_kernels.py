@@ -1,15 +1,15 @@
-"""Attention for choices made per query, on a TPU: key-major, with a chunk of queries resident on chip: the kernels.
+"""Attention for choices made per query, on a TPU: the kernels, with a chunk of queries resident on chip.
 
 Tiling. A chunk of rows (a row is one query of one head; some 70000 in 128 MiB, 30000 in 64) stays in VMEM together with
 its float32 accumulator. The grid walks the chunk's (query, block) pairs sorted by block, 1024 slots a step: 8 tiles of
-128 pairs or 16 of 64 (`chunks`), each tile of one stretch of keys. A step computes q k^T, exp2 and p [v | 1] of all its
+128 pairs or 16 of 64 (`chunks`), each tile of one page of keys. A step computes q k^T, exp2 and p [v | 1] of all its
 tiles, adds the results, one by one, to the rows of the accumulator, and meanwhile fetches the next step's queries, one
 by one, out of the chunk. The first step begins by loading the chunk, the last one ends by dividing the sums and storing
 outputs (`chunk_rows`). Nothing is gathered in XLA, no partial result goes to HBM, and there is no merge. The grid has
 as many steps as the choice needs (a traced number). The own block is one of the chosen ones; every tile masks, which
 costs a tenth of a cycle a pair.
 
-Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: queries 16 MB as words of 32 bits (`key_work`), accumulator 32 MB
+Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: queries 16 MB as words of 32 bits (`tiles`), accumulator 32 MB
 (output | sum of weights, both 128 lanes), fetched rows and results of a step 0.5 and 1 MB, keys and values of a step's
 tiles 2 x 0.5 MB, copied from HBM during the step before, queries or outputs on their way 2 x 0.5 MB. SMEM: row numbers
 of two steps, and three numbers a tile, prefetched for the whole chunk.
@@ -41,11 +41,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import chunk_rows, key_work
-from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT
-
-# The logit of a key out of sight. Finite, so that differences are; no real logit comes near it.
-_OUT_OF_SIGHT = -0.7 * float(jnp.finfo(jnp.float32).max)
+from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
+from pallas_kernels.tpu.per_query import chunk_rows, memory
+from pallas_kernels.tpu.per_query.memory import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +53,13 @@ class Step:
     num_tiles: int
     tile_size: int
     head_dim: int
-    stretch_size: int
+    page_size: int
     is_aligned: bool
     scale: float
 
 
 def kernel_fixed(
-    stretch_ref: Any,  # SMEM [tiles]
+    page_ref: Any,  # SMEM [tiles]
     start_ref: Any,  # SMEM [tiles]
     stop_ref: Any,  # SMEM [tiles]
     sum_ref: Any,  # SMEM [1, tiles of a step, tile_size]: first part of each slot's row of the state
@@ -69,12 +67,12 @@ def kernel_fixed(
     next_row_ref: Any,  # SMEM, those of the queries of the next step
     query_hbm: Any,  # HBM [pieces, piece_rows, head_dim]
     key_stop_hbm: Any,  # HBM [pieces, piece_rows / 128, 128]
-    key_value_hbm: Any,  # HBM [stretches, 2, stretch_size, lanes]
+    key_value_hbm: Any,  # HBM [pages, 2, page_size, lanes]
     output_hbm: Any,  # HBM [pieces, piece_rows, head_dim]
     log_sum_exp_hbm: Any,  # HBM [pieces, piece_rows / 128, 128]
     rows_ref: Any,  # [(chunk_rows + 8) * parts, 128]
     state_ref: Any,  # [(chunk_rows + 8) * state_parts, 128]
-    key_value_ref: Any,  # [2, tiles of a step, 2, stretch_size, lanes]
+    key_value_ref: Any,  # [2, tiles of a step, 2, page_size, lanes]
     semaphore: Any,  # DMA [2]
     fetched_ref: Any,  # [slots * parts, 128]
     result_ref: Any,  # [slots * state_parts, 128]
@@ -89,19 +87,19 @@ def kernel_fixed(
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         chunk_rows.load(query_hbm, key_stop_hbm, rows_ref, buffers)
-        key_work.fill_rows(state_ref, jnp.zeros((state_parts, LANES), jnp.float32))
-        key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
+        memory.fill_rows(state_ref, jnp.zeros((state_parts, LANES), jnp.float32))
+        memory.fetch_rows(row_ref, rows_ref, fetched_ref)
 
-    key_value_refs = _load_keys(stretch_ref, key_value_hbm, key_value_ref, semaphore)
-    bounds = stretch_ref, start_ref, stop_ref
+    key_value_refs = _load_keys(page_ref, key_value_hbm, key_value_ref, semaphore)
+    bounds = page_ref, start_ref, stop_ref
     all_logits = _all_logits(fetched_ref, key_value_refs, bounds, step)
     weights = [jnp.exp2(logits).astype(key_value_ref.dtype) for logits in all_logits]
     values = [_read_values(ref, tile, bounds, step) for tile, ref in enumerate(key_value_refs)]
-    results = [key_work.product(weight, value, NN) for weight, value in zip(weights, values, strict=True)]
+    results = [product(weight, value, NN) for weight, value in zip(weights, values, strict=True)]
     for tile, result in enumerate(results):
-        key_work.write_rows(result_ref, tile * step.tile_size, result, state_parts)
+        memory.write_rows(result_ref, tile * step.tile_size, result, state_parts)
 
-    key_work.add_rows(sum_ref, result_ref, state_ref, fetch=(next_row_ref, rows_ref, fetched_ref))
+    memory.add_rows(sum_ref, result_ref, state_ref, fetch=(next_row_ref, rows_ref, fetched_ref))
 
     @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
     def _() -> None:
@@ -109,7 +107,7 @@ def kernel_fixed(
 
 
 def kernel_running(
-    stretch_ref: Any,
+    page_ref: Any,
     start_ref: Any,
     stop_ref: Any,
     sum_ref: Any,
@@ -144,24 +142,24 @@ def kernel_running(
         place = lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 0) * LANES
         place += lax.broadcasted_iota(jnp.int32, (state_parts, LANES), 1)
         chunk_rows.load(query_hbm, key_stop_hbm, rows_ref, buffers)
-        key_work.fill_rows(state_ref, jnp.where(place == lanes - 1, _OUT_OF_SIGHT, 0.0))
+        memory.fill_rows(state_ref, jnp.where(place == lanes - 1, OUT_OF_SIGHT, 0.0))
 
-    key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
-    key_value_refs = _load_keys(stretch_ref, key_value_hbm, key_value_ref, semaphore)
-    bounds = stretch_ref, start_ref, stop_ref
+    memory.fetch_rows(row_ref, rows_ref, fetched_ref)
+    key_value_refs = _load_keys(page_ref, key_value_hbm, key_value_ref, semaphore)
+    bounds = page_ref, start_ref, stop_ref
     all_logits = _all_logits(fetched_ref, key_value_refs, bounds, step)
     for tile, logits in enumerate(all_logits):
         rows = [pl.ds(sum_ref[0, tile, slot], state_parts) for slot in range(step.tile_size)]
         places = [pl.ds(slot * state_parts, state_parts) for slot in range(step.tile_size)]
         for row, place in zip(rows, places, strict=True):
             result_ref[place, :] = state_ref[row, :]
-        old = key_work.read_rows(result_ref, 0, step.tile_size, state_parts)  # [pairs, lanes]
+        old = memory.read_rows(result_ref, 0, step.tile_size, state_parts)  # [pairs, lanes]
         largest = jnp.maximum(old[:, -1:], logits.max(1, keepdims=True))  # [pairs, 1]
         weight = jnp.exp2(logits - largest).astype(key_value_ref.dtype)
         value = _read_values(key_value_refs[tile], tile, bounds, step)
-        new = old * jnp.exp2(old[:, -1:] - largest) + key_work.product(weight, value, NN)
+        new = old * jnp.exp2(old[:, -1:] - largest) + product(weight, value, NN)
         lane = lax.broadcasted_iota(jnp.int32, new.shape, 1)
-        key_work.write_rows(result_ref, 0, jnp.where(lane == lanes - 1, largest, new), state_parts)
+        memory.write_rows(result_ref, 0, jnp.where(lane == lanes - 1, largest, new), state_parts)
         for row, place in zip(rows, places, strict=True):
             state_ref[row, :] = result_ref[place, :]
 
@@ -170,8 +168,8 @@ def kernel_running(
         chunk_rows.finish(state_ref, output_hbm, log_sum_exp_hbm, buffers)
 
 
-def _load_keys(stretch_ref: Any, key_value_hbm: Any, key_value_ref: Any, semaphore: Any) -> list[Any]:
-    """Keys and values of the step's tiles, `[2, stretch_size, lanes]` each; begins to copy those of the next step.
+def _load_keys(page_ref: Any, key_value_hbm: Any, key_value_ref: Any, semaphore: Any) -> list[Any]:
+    """Keys and values of the step's tiles, `[2, page_size, lanes]` each; begins to copy those of the next step.
 
     By hand, for what the pipeline of a grid does for an input takes some 40 cycles a step, and each tile would be one.
     """
@@ -182,7 +180,7 @@ def _load_keys(stretch_ref: Any, key_value_hbm: Any, key_value_ref: Any, semapho
         place = lax.rem(number, 2)
         return [
             pltpu.make_async_copy(
-                key_value_hbm.at[stretch_ref[number * num_tiles + tile]],
+                key_value_hbm.at[page_ref[number * num_tiles + tile]],
                 key_value_ref.at[place, tile],
                 semaphore.at[place],
             )
@@ -203,22 +201,22 @@ def _load_keys(stretch_ref: Any, key_value_hbm: Any, key_value_ref: Any, semapho
 def _all_logits(
     fetched_ref: Any, key_value_refs: list[Any], bounds: tuple[Any, Any, Any], step: Step
 ) -> list[jax.Array]:
-    """Logits of each tile times log2(e), float32 `[pairs, stretch_size]`."""
+    """Logits of each tile times log2(e), float32 `[pairs, page_size]`."""
     dtype = key_value_refs[0].dtype
-    num_words = key_work.words_of(step.head_dim, dtype)
-    parts = key_work.parts_of(num_words + 1)
+    num_words = memory.words_of(step.head_dim, dtype)
+    parts = memory.parts_of(num_words + 1)
     rows = [
-        key_work.read_rows(fetched_ref, tile * step.tile_size, step.tile_size, parts) for tile in range(step.num_tiles)
+        memory.read_rows(fetched_ref, tile * step.tile_size, step.tile_size, parts) for tile in range(step.num_tiles)
     ]
-    queries = [key_work.from_words(row, 0, step.head_dim, dtype) for row in rows]
+    queries = [memory.from_words(row, 0, step.head_dim, dtype) for row in rows]
     keys = [ref[0, :, : step.head_dim] for ref in key_value_refs]
-    products = [key_work.product(query, key, NT) for query, key in zip(queries, keys, strict=True)]
+    products = [product(query, key, NT) for query, key in zip(queries, keys, strict=True)]
     all_logits = []
     for tile, (row, logits) in enumerate(zip(rows, products, strict=True)):
         key_stop = lax.bitcast_convert_type(row[:, num_words : num_words + 1], jnp.int32)
-        stretch, start, stop = _bounds_of(tile, bounds, step)
-        is_seen = key_work.is_seen(start, stop, key_stop, stretch, step.stretch_size)
-        all_logits.append(jnp.where(is_seen, logits * (step.scale * LOG2_E), _OUT_OF_SIGHT))
+        page, start, stop = _bounds_of(tile, bounds, step)
+        is_seen = memory.is_seen(start, stop, key_stop, page, step.page_size)
+        all_logits.append(jnp.where(is_seen, logits * (step.scale * LOG2_E), OUT_OF_SIGHT))
     return all_logits
 
 
@@ -229,14 +227,14 @@ def _bounds_of(tile: int, bounds: tuple[Any, Any, Any], step: Step) -> list[Any]
 
 
 def _read_values(ref: Any, tile: int, bounds: tuple[Any, Any, Any], step: Step) -> jax.Array:
-    """Values of a tile with the ones behind them, `[stretch_size, lanes]`; zero for the keys of other segments."""
+    """Values of a tile with the ones behind them, `[page_size, lanes]`; zero for the keys of other segments."""
     value = ref[1]
     if step.head_dim % LANES == 0:
         value = jnp.concatenate([value, ones(value.shape[:-1], value.dtype)], axis=1)
     if step.is_aligned:
         return value
-    stretch, start, stop = _bounds_of(tile, bounds, step)
-    return key_work.clear_outside(value, start, stop, stretch)
+    page, start, stop = _bounds_of(tile, bounds, step)
+    return memory.clear_outside(value, start, stop, page)
 
 
 def ones(shape: tuple[int, ...], dtype: Any) -> jax.Array:

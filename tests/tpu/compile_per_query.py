@@ -1,6 +1,6 @@
 """Compiles the kernels for choices made by every query for chips that are not here, and prints each program's kernels.
 
-`python -m tests.tpu.compile_key_major`; with the word `all`, every variant for every chip, and the chunk that fills a
+`python -m tests.tpu.compile_per_query`; with the word `all`, every variant for every chip, and the chunk that fills a
 chip of 128 MiB (some minutes).
 """
 
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu.backward import attend_backward
-from pallas_kernels.tpu.forward import attend_forward
+from pallas_kernels.config import PER_QUERY, PerQueryConfig
+from pallas_kernels.tpu.per_query.backward import attend_backward
+from pallas_kernels.tpu.per_query.forward import attend_forward
 from tests.cases import abstract_blocks
 
 CHIPS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
-SMALL = KeyMajorConfig(tile_size=32, slots_per_step=64, backward_tile_size=32)
+SMALL = PerQueryConfig(tile_size=32, slots_per_step=64, backward_tile_size=32)
 # dtype, head_dim, block_size, is_packed, config
-DEFAULT_SIZES = ("bfloat16", 128, 128, False, KEY_MAJOR)
+DEFAULT_SIZES = ("bfloat16", 128, 128, False, PER_QUERY)
 VARIANTS = (
     ("bfloat16", 256, 64, True, SMALL),
     ("bfloat16", 96, 24, False, SMALL),
@@ -34,7 +34,7 @@ VARIANTS = (
     ("bfloat16", 224, 1024, False, SMALL),
 )
 TOKENS, HEADS, TOP_K = 1024, 2, 3
-LARGE = KeyMajorConfig(chunk_bytes=114 << 20)  # what `chunks` takes on a v5e or v6e at block 128
+LARGE = PerQueryConfig(chunk_bytes=114 << 20)  # what `chunks` takes on a v5e or v6e at block 128
 
 
 def compile_kernels(
@@ -43,7 +43,7 @@ def compile_kernels(
     head_dim: int,
     block_size: int,
     is_packed: bool,
-    config: KeyMajorConfig,
+    config: PerQueryConfig,
     tokens: int = TOKENS,
 ) -> set[str]:
     """Names of the kernels in the program compiled for the topology."""

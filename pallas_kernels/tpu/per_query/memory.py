@@ -1,4 +1,4 @@
-"""What the key-major kernels share: rows of queries as they lie on chip, pieces of key blocks, chunks and their tiles.
+"""What the per-query kernels share: rows of queries as they lie on chip, pieces of key blocks, chunks and their tiles.
 
 Rows. A chunk's queries are rows that the kernels fetch by number, one at a time, and a row on chip is a whole number of
 *parts*, 128 words of 32 bits: only such rows can be addressed singly. float32 takes a word an element; two bfloat16
@@ -7,10 +7,10 @@ statistics of its softmax) follows in the words behind, so that one fetch brings
 under part, `[rows * parts, 128]`, and kernels are told the first part of a row instead of its number: the scalar unit,
 which bounds them, then has nothing to multiply.
 
-Pieces. Keys lie in HBM in stretches: block_size keys, rounded up to 16. Where blocks are as long as stretches and start
-where they do, block and stretch are one. Packed sequences start blocks anywhere; such a block is cut where a stretch
-ends, into two pieces at most. A tile then is a run of pairs that share one piece: it loads the piece's stretch and sees
-the keys from `start` to `stop` of it. Everything behind this file knows pieces only.
+Pieces. Keys lie in HBM in pages: block_size keys, rounded up to 16. Where blocks are as long as pages and start where
+they do, block and page are one. Packed sequences start blocks anywhere; such a block is cut where a page ends, into two
+pieces at most. A tile then is a run of pairs that share one piece: it loads the piece's page and sees the keys from
+`start` to `stop` of it. Everything behind this file knows pieces only.
 """
 
 import dataclasses
@@ -24,19 +24,14 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import Blocks
 
 LANES = 128
-LOG2_E = 1.4426950408889634
 SPARE_ROWS = 8  # behind a chunk's rows; the slots of a tile that hold no pair point to the first
 ROWS_AT_ONCE = 8  # rows of an accumulator loaded before any is stored
 
-NT = (((1,), (1,)), ((), ()))  # a b^T
-NN = (((1,), (0,)), ((), ()))  # a b
-TN = (((0,), (0,)), ((), ()))  # a^T b
-
 
 class Pieces(NamedTuple):
-    """Where pieces lie. int32 `[pieces]` each: the stretch, the place of the first key and one past the last."""
+    """Where pieces lie. int32 `[pieces]` each: the page, the place of the first key and one past the last."""
 
-    stretch: jax.Array
+    page: jax.Array
     start: jax.Array
     stop: jax.Array
 
@@ -47,14 +42,14 @@ class Tiles(NamedTuple):
     Attributes:
       row: int32 `[steps, tiles_per_step, tile_size]`, the row of each slot, chunk_rows where there is no pair. One step
         more than is used, without pairs.
-      stretch: int32 `[tiles]`.
+      page: int32 `[tiles]`.
       start: int32 `[tiles]`.
       stop: int32 `[tiles]`.
       num_steps: int32 scalar, steps in use, at least 1.
     """
 
     row: jax.Array
-    stretch: jax.Array
+    page: jax.Array
     start: jax.Array
     stop: jax.Array
     num_steps: jax.Array
@@ -62,9 +57,9 @@ class Tiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How keys are cut into stretches, and whether blocks keep to them."""
+    """How keys are cut into pages, and whether blocks keep to them."""
 
-    stretch_size: int
+    page_size: int
     is_aligned: bool
 
     @classmethod
@@ -162,29 +157,23 @@ def from_words(rows: jax.Array, first: int, head_dim: int, dtype: Any) -> jax.Ar
     return jnp.concatenate([low, high], axis=1).astype(dtype)
 
 
-def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
-    """Matrix product in float32; float32 operands at full precision: the matrix unit rounds to bfloat16."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def is_seen(start: Any, stop: Any, key_stop: jax.Array, stretch: Any, stretch_size: int) -> jax.Array:
-    """In a kernel: which query of a tile sees which key of its stretch, bool `[pairs, stretch_size]`.
+def is_seen(start: Any, stop: Any, key_stop: jax.Array, page: Any, page_size: int) -> jax.Array:
+    """In a kernel: which query of a tile sees which key of its page, bool `[pairs, page_size]`.
 
     Args:
       start: scalar, place of the first key of the piece.
       stop: scalar, one past its last.
       key_stop: int32 `[pairs, 1]`.
-      stretch: scalar, number of the stretch.
-      stretch_size: keys of a stretch.
+      page: scalar, number of the page.
+      page_size: keys of a page.
     """
-    place = lax.broadcasted_iota(jnp.int32, (key_stop.shape[0], stretch_size), 1) + stretch * stretch_size
+    place = lax.broadcasted_iota(jnp.int32, (key_stop.shape[0], page_size), 1) + page * page_size
     return (place >= start) & (place < jnp.minimum(key_stop, stop))
 
 
-def clear_outside(array: jax.Array, start: Any, stop: Any, stretch: Any) -> jax.Array:
-    """In a kernel: zeros in place of the keys of a stretch `[stretch_size, x]` that are not of the piece."""
-    place = lax.broadcasted_iota(jnp.int32, array.shape, 0) + stretch * array.shape[0]
+def clear_outside(array: jax.Array, start: Any, stop: Any, page: Any) -> jax.Array:
+    """In a kernel: zeros in place of the keys of a page `[page_size, x]` that are not of the piece."""
+    place = lax.broadcasted_iota(jnp.int32, array.shape, 0) + page * array.shape[0]
     return jnp.where((place >= start) & (place < stop), array, 0)
 
 
@@ -290,17 +279,17 @@ def join_heads(array: jax.Array, batch: int, num_queries: int, num_heads: int) -
     return array.swapaxes(1, 2).reshape(batch, num_queries, num_heads, size)
 
 
-def split_keys(array: jax.Array, stretch_size: int) -> jax.Array:
-    """`[batch, keys, kv_heads, x]` to `[batch * kv_heads, stretches, stretch_size, x]`, zeros behind the last key."""
+def split_keys(array: jax.Array, page_size: int) -> jax.Array:
+    """`[batch, keys, kv_heads, x]` to `[batch * kv_heads, pages, page_size, x]`, zeros behind the last key."""
     batch, num_keys, kv_heads, size = array.shape
-    array = jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, -num_keys % stretch_size), (0, 0)))
-    return array.reshape(batch * kv_heads, -1, stretch_size, size)
+    array = jnp.pad(array.swapaxes(1, 2), ((0, 0), (0, 0), (0, -num_keys % page_size), (0, 0)))
+    return array.reshape(batch * kv_heads, -1, page_size, size)
 
 
 def join_keys(array: jax.Array, batch: int, num_keys: int) -> jax.Array:
     """Undoes `split_keys`."""
-    num_rows, num_stretches, stretch_size, size = array.shape
-    array = array.reshape(batch, num_rows // batch, num_stretches * stretch_size, size)
+    num_rows, num_pages, page_size, size = array.shape
+    array = array.reshape(batch, num_rows // batch, num_pages * page_size, size)
     return array[:, :, :num_keys].swapaxes(1, 2)
 
 
@@ -320,11 +309,11 @@ def make_pieces(
     """
     block_stop = block_start + block_length
     if cut.is_aligned:
-        stretch = jnp.arange(block_start.size, dtype=jnp.int32)
-        return indices, Pieces(stretch, block_start, block_stop)
-    stretch = block_start // cut.stretch_size
-    middle = jnp.minimum((stretch + 1) * cut.stretch_size, block_stop)
-    pairs = (stretch, stretch + 1), (block_start, middle), (middle, block_stop)
+        page = jnp.arange(block_start.size, dtype=jnp.int32)
+        return indices, Pieces(page, block_start, block_stop)
+    page = block_start // cut.page_size
+    middle = jnp.minimum((page + 1) * cut.page_size, block_stop)
+    pairs = (page, page + 1), (block_start, middle), (middle, block_stop)
     pieces = Pieces(*(jnp.stack(pair, axis=1).reshape(-1) for pair in pairs))
     is_cut = (middle < block_stop).at[indices].get(mode="fill", fill_value=False)  # [top_k, rows]
     first = jnp.where(indices < 0, -1, 2 * indices)

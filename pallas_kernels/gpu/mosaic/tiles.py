@@ -123,7 +123,7 @@ def list_slots(chunk: Chunk, blocks: Blocks, plan: Plan) -> Slots:
     return Slots(*(jnp.where(rows.is_real, x, none).reshape(-1) for x, none in zip(lists, (-1, 0, -1), strict=True)))
 
 
-def share_out(work: jax.Array, is_listed: jax.Array, num_programs: int) -> tuple[jax.Array, jax.Array]:
+def balance(work: jax.Array, is_listed: jax.Array, num_programs: int) -> tuple[jax.Array, jax.Array]:
     """Lists items and cuts the list into runs of about equal work, one a program.
 
     Example: work [2, 0, 1, 1, 2], all but the second listed, for 3 programs: order [0, 2, 3, 4, ...], bounds
@@ -180,7 +180,7 @@ def ranks(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def anew(number: jax.Array) -> jax.Array:
+def opaque(number: jax.Array) -> jax.Array:
     """The int32 scalar itself, and the compiler does not know it.
 
     What is computed from it inside a loop, such as the addresses of tiles that stay where they are, is then computed

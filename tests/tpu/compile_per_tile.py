@@ -1,6 +1,6 @@
 """Compiles the router and the kernels for choices made per tile, for chips that are not here; prints their kernels.
 
-`python -m tests.tpu.compile_tiles`
+`python -m tests.tpu.compile_per_tile`
 """
 
 import tests.tpu.libtpu_environment  # isort: skip  # noqa: F401
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
-from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
+from pallas_kernels.tpu.per_tile.backward import attend_tiles_backward
+from pallas_kernels.tpu.per_tile.forward import attend_tiles_forward
 from pallas_kernels.tpu.routing import route
 from tests.cases import abstract_blocks
 

@@ -1,6 +1,6 @@
 """A chunk's queries and outputs on their way between HBM and the chip, in the forward kernels.
 
-Queries become rows of words with their key_stop behind (`key_work`); what has been added up for them becomes outputs
+Queries become rows of words with their key_stop behind (`tiles`); what has been added up for them becomes outputs
 and log-sum-exps. Both happen on chip: XLA would write rows, and read sums, in several passes over HBM. Arrays lie there
 in pieces, which are copied while others are worked on. Numbers of which a query has one lie along lanes in HBM, and are
 turned by a transpose. Speed: copies and the vector unit alike, some 0.6 cycles a row each way.
@@ -17,20 +17,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu import key_work
-from pallas_kernels.tpu.key_work import LANES, LOG2_E, SPARE_ROWS
+from pallas_kernels.numerics import LOG2_E
+from pallas_kernels.tpu.per_query import memory
+from pallas_kernels.tpu.per_query.memory import LANES, SPARE_ROWS
 
 GROUP = 128  # rows that are worked on at a time; chunks are multiples of it
 _PIECE_BYTES = 1 << 19  # of a longer chunk; the latency of a shorter copy is not hidden
 
 
 def choose_piece_rows(num_rows: int, head_dim: int, dtype: Any, piece_rows: int | None) -> int:
-    """Rows of a piece of a chunk of num_rows; piece_rows as in `KeyMajorConfig`."""
+    """Rows of a piece of a chunk of num_rows; piece_rows as in `PerQueryConfig`."""
     if piece_rows is not None:
         return math.gcd(num_rows, piece_rows)
     if num_rows <= 1024:
         return num_rows
-    return math.gcd(num_rows, _PIECE_BYTES // (key_work.round_up(head_dim, LANES) * jnp.dtype(dtype).itemsize))
+    return math.gcd(num_rows, _PIECE_BYTES // (memory.round_up(head_dim, LANES) * jnp.dtype(dtype).itemsize))
 
 
 class Buffers(NamedTuple):
@@ -70,13 +71,13 @@ def load(query_hbm: Any, key_stop_hbm: Any, rows_ref: Any, buffers: Buffers) -> 
     def load_piece(piece: Any, query_ref: Any, key_stop_ref: Any) -> None:
         def load_group(group: Any, carry: None) -> None:
             place = pl.multiple_of(group * GROUP, GROUP)
-            words = key_work.to_words(query_ref[pl.ds(place, GROUP), :])
+            words = memory.to_words(query_ref[pl.ds(place, GROUP), :])
             rows = jnp.concatenate([words, jnp.zeros((GROUP, parts * LANES - words.shape[1]), jnp.uint32)], axis=1)
             key_stop = jnp.broadcast_to(key_stop_ref[pl.ds(group, 1), :], (LANES, GROUP)).T  # in all lanes of its row
             key_stop = jnp.concatenate([lax.bitcast_convert_type(key_stop, jnp.uint32)] * parts, axis=1)
             lane = lax.broadcasted_iota(jnp.int32, rows.shape, 1)
             rows = jnp.where(lane == words.shape[1], key_stop, rows)
-            key_work.write_rows(rows_ref, piece * num_rows + place, rows, parts)
+            memory.write_rows(rows_ref, piece * num_rows + place, rows, parts)
             return carry
 
         lax.fori_loop(0, num_rows // GROUP, load_group, None, unroll=True)
@@ -101,7 +102,7 @@ def finish(state_ref: Any, output_hbm: Any, log_sum_exp_hbm: Any, buffers: Buffe
     def finish_piece(piece: Any, output_ref: Any, log_sum_exp_ref: Any) -> None:
         def finish_group(group: Any, carry: None) -> None:
             place = pl.multiple_of(group * GROUP, GROUP)
-            state = key_work.read_rows(state_ref, piece * num_rows + place, GROUP, parts)  # [GROUP, parts * 128]
+            state = memory.read_rows(state_ref, piece * num_rows + place, GROUP, parts)  # [GROUP, parts * 128]
             number = state[:, -LANES:].T  # [128, GROUP]
             total, largest = number[head_dim % LANES : head_dim % LANES + 1], number[LANES - 1 :]
             log_sum_exp_ref[pl.ds(group, 1), :] = jnp.where(total == 0, -jnp.inf, largest / LOG2_E + jnp.log(total))

@@ -1,4 +1,4 @@
-"""How the key-major kernels cut queries into chunks and pairs into tiles: all sizes follow from shapes and the chip.
+"""How the per-query kernels cut queries into chunks and pairs into tiles: all sizes follow from shapes and the chip.
 
 A chunk is as long as on-chip memory allows, because each chunk has its own tiles, and the last tile of each key block
 in each chunk is half empty: at 524288 tokens in blocks of 128 with top_k 8, a chunk of 32768 rows has 64 pairs a block,
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.config import KeyMajorConfig
-from pallas_kernels.tpu.key_work import SPARE_ROWS, round_up
+from pallas_kernels.config import PerQueryConfig
+from pallas_kernels.tpu.per_query.memory import SPARE_ROWS, round_up
 
 SMALLEST_CHIP = 64 << 20  # v5p, tpu7x; v5e and v6e have twice as much
 _RESERVED = 6 << 20  # for the compiler and small buffers
@@ -40,7 +40,7 @@ def plan(
     num_pieces: int,
     tile_sizes: tuple[int, ...],
     slots_per_step: int,
-    config: KeyMajorConfig,
+    config: PerQueryConfig,
 ) -> Chunk | str:
     """As many rows as memory and tables allow, chunks about equally long; the longest tiles that pay.
 

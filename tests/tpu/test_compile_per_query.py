@@ -1,4 +1,4 @@
-"""The key-major kernels compile for every chip."""
+"""The per-query kernels compile for every chip."""
 
 import importlib.util
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_kernels_compile_for_every_chip():
-    command = [sys.executable, "-m", "tests.tpu.compile_key_major"]
+    command = [sys.executable, "-m", "tests.tpu.compile_per_query"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -1,13 +1,13 @@
-"""What the query-tile-major kernels share: work lists, the loop that walks a list, and small pieces of kernels.
+"""What the per-tile kernels share: work lists, the loop that streams one, and small pieces of kernels.
 
 All three kernels have one shape. A program owns something that stays in VMEM: a query tile (forward, dQ) or a key block
-(dK, dV). It walks the list of its partners on the other side, several at a time, and adds up in VMEM. The lists of all
-programs of a row of the grid (one head of one batch row) stand one behind the other in HBM, cut into *steps* that hold
-up to `entries` partners of one program; a program knows the span of steps that is its own. There is no limit on the
-length of a list, no step for an absent partner, and nothing as large as tiles x blocks.
+(dK, dV). It streams the list of its partners on the other side, several at a time, and adds up in VMEM. The lists of
+all programs of a row of the grid (one head of one batch row) stand one behind the other in HBM, cut into *steps* that
+hold up to `entries` partners of one program; a program knows the span of steps that is its own. There is no limit on
+the length of a list, no step for an absent partner, and nothing as large as tiles x blocks.
 
-`walk` hides every latency: while a step is computed, the partners of the next one are on their way to the other of two
-buffers, and the ids of the one after to SMEM. The pipeline runs on from one program to the next.
+`stream` hides every latency: while a step is computed, the partners of the next one are on their way to the other of
+two buffers, and the ids of the one after to SMEM. The pipeline runs on from one program to the next.
 """
 
 import functools
@@ -24,13 +24,6 @@ from pallas_kernels.blocks import NOWHERE
 from pallas_kernels.schedule import make_schedule
 
 LANES = 128
-LOG2_E = 1.4426950408889634
-# The logit of a key out of sight. Finite, so that differences are; no real logit comes near it.
-OUT_OF_SIGHT = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-NN = (((1,), (0,)), ((), ()))  # a b
-NT = (((1,), (1,)), ((), ()))  # a b^T
-TN = (((0,), (0,)), ((), ()))  # a^T b
 
 # Rows of the grid are independent; the programs of a row share a pipeline.
 COMPILER_PARAMS = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=48 << 20)
@@ -83,7 +76,7 @@ def _step_width(entries: int) -> int:
     return 1 << (entries + 1).bit_length()
 
 
-def walk(
+def stream(
     span_ref: Any,
     steps_hbm: Any,
     ids_ref: Any,
@@ -218,16 +211,16 @@ class KeyBuffers:
         key, value = (key_value[buffer, :, side].reshape(-1, key_value.shape[-1]) for side in (0, 1))
         return key, value
 
-    def is_seen(self, buffer: Any, reach: jax.Array) -> jax.Array:
-        """Which query sees which key, bool `[entries * block, queries]`; reach `[2, queries]`."""
-        position, num_queries = self._positions[1], reach.shape[1]
+    def is_seen(self, buffer: Any, key_range: jax.Array) -> jax.Array:
+        """Which query sees which key, bool `[entries * block, queries]`; key_range `[2, queries]`."""
+        position, num_queries = self._positions[1], key_range.shape[1]
         columns = [spread(position[buffer, entry], num_queries) for entry in range(position.shape[1])]
         place = jnp.concatenate(columns, axis=0)
-        return (reach[0:1] <= place) & (place < reach[1:2])
+        return (key_range[0:1] <= place) & (place < key_range[1:2])
 
 
 def key_scratch(entries: int, block: int, head_dim: int, dtype: Any) -> list[Any]:
-    """Scratch of a kernel that walks key blocks: ids, their semaphore, the buffers, their semaphore."""
+    """Scratch of a kernel that streams key blocks: ids, their semaphore, the buffers, their semaphore."""
     return [
         *ids_scratch(),
         pltpu.VMEM((2, entries, 2, block, head_dim), dtype),
@@ -237,11 +230,5 @@ def key_scratch(entries: int, block: int, head_dim: int, dtype: Any) -> list[Any
 
 
 def ids_scratch() -> list[Any]:
-    """Scratch of `walk`: three steps' ids and their semaphore."""
+    """Scratch of `stream`: three steps' ids and their semaphore."""
     return [pltpu.SMEM((3, 1, LANES), jnp.int32), pltpu.SemaphoreType.DMA((3,))]
-
-
-def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:
-    """Matrix product in float32; float32 operands at full precision, for the MXU would round them to bfloat16."""
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The router and the query-tile-major kernels compile for every chip."""
+"""The router and the per-tile kernels compile for every chip."""
 
 import importlib.util
 import subprocess
@@ -18,7 +18,7 @@ KERNELS = {
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_kernels_compile_for_every_chip():
-    command = [sys.executable, "-m", "tests.tpu.compile_tiles"]
+    command = [sys.executable, "-m", "tests.tpu.compile_per_tile"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}

@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks
-from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu import chunk_rows, chunks, forward_kernels, key_work
-from pallas_kernels.tpu.cut_tiles import make_tiles
-from pallas_kernels.tpu.key_work import LANES, LOG2_E, SPARE_ROWS, Tiles
+from pallas_kernels.config import PER_QUERY, PerQueryConfig
+from pallas_kernels.numerics import LOG2_E
+from pallas_kernels.tpu.per_query import chunk_rows, chunks, forward_kernels, memory
+from pallas_kernels.tpu.per_query.cut_tiles import make_tiles
+from pallas_kernels.tpu.per_query.memory import LANES, SPARE_ROWS, Tiles
 
 # Largest |logit| * log2(e) of the kernel without a maximum. Sums of up to 2^24 weights of at most 2^80, times values up
 # to 2^23, stay below the largest float32; the smallest total, 2^-80, leaves 46 binary orders above the smallest normal.
@@ -30,7 +31,7 @@ def attend_forward(
     blocks: Blocks,
     *,
     scale: float,
-    config: KeyMajorConfig = KEY_MAJOR,
+    config: PerQueryConfig = PER_QUERY,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of every query over the blocks it chose: softmax(scale q k^T) v.
@@ -55,16 +56,16 @@ def attend_forward(
     Raises:
       NotImplementedError: a dtype, head_dim, block_size or top_k that the kernel cannot do.
     """
-    (query, key, value), cut = arrays, key_work.Cut.of(blocks)
+    (query, key, value), cut = arrays, memory.Cut.of(blocks)
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    chunk = key_work.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
+    chunk = memory.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
     if isinstance(chunk, str):
         raise NotImplementedError(chunk)
     num_rows = num_queries * num_heads // kv_heads
     num_chunks = -(-num_rows // chunk.rows)
-    split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
-    reach = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
+    split = functools.partial(memory.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
+    key_stop = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
 
     def attend_head(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         key_value, block_start, block_length, *chunks = arrays
@@ -72,7 +73,7 @@ def attend_forward(
 
         def attend_chunk(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             query, indices, key_stop = arrays  # [chunk_rows, head_dim], [top_k, chunk_rows], [chunk_rows]
-            ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
+            ids, pieces = memory.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(
                 ids,
                 pieces,
@@ -100,34 +101,34 @@ def attend_forward(
         return lax.map(attend_chunk, tuple(chunks))
 
     padded_key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, -head_dim % LANES)))
-    key_value = [key_work.split_keys(array, cut.stretch_size) for array in (padded_key, _add_ones(value))]
+    key_value = [memory.split_keys(array, cut.page_size) for array in (padded_key, _add_ones(value))]
     heads = (
         jnp.stack(key_value, axis=2),
         jnp.repeat(blocks.block_start, kv_heads, axis=0),
         jnp.repeat(blocks.block_length, kv_heads, axis=0),
         split(query),
-        key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
-        split(reach)[..., 0],
+        memory.split_indices(indices, kv_heads, num_chunks, chunk.rows),
+        split(key_stop)[..., 0],
     )
     output, log_sum_exp = lax.map(jax.custom_batching.sequential_vmap(attend_head), heads)
-    join = functools.partial(key_work.join_heads, batch=batch, num_queries=num_queries, num_heads=num_heads)
+    join = functools.partial(memory.join_heads, batch=batch, num_queries=num_queries, num_heads=num_heads)
     return join(output), join(log_sum_exp[..., None])[..., 0]
 
 
 def plan_chunk(
-    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: KeyMajorConfig
+    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: PerQueryConfig
 ) -> chunks.Chunk | str:
     """The chunks of `attend_forward`, from shapes; or why there can be none."""
-    head_dim, cut = query.shape[-1], key_work.Cut.of(blocks)
-    parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
-    state_parts = key_work.parts_of(head_dim + 2)
+    head_dim, cut = query.shape[-1], memory.Cut.of(blocks)
+    parts = memory.parts_of(memory.words_of(head_dim, query.dtype) + 1)
+    state_parts = memory.parts_of(head_dim + 2)
     return chunks.plan(
         query.shape[1] * query.shape[2] // key.shape[2],
         row_bytes=4 * LANES * (parts + state_parts),
         row_multiple=chunk_rows.GROUP,
         # Fetched row and result, and what the compiler keeps: unpacked rows, logits and weights, results.
-        slot_bytes=4 * (LANES * (2 * parts + 3 * state_parts) + 3 * cut.stretch_size),
-        tile_bytes=4 * cut.stretch_size * key_work.round_up(head_dim, LANES) * query.dtype.itemsize,
+        slot_bytes=4 * (LANES * (2 * parts + 3 * state_parts) + 3 * cut.page_size),
+        tile_bytes=4 * cut.page_size * memory.round_up(head_dim, LANES) * query.dtype.itemsize,
         pairs_per_row=top_k * cut.pieces_per_block,
         num_pieces=blocks.num_blocks * cut.pieces_per_block,
         tile_sizes=(128, 64) if config.tile_size is None else (config.tile_size,),
@@ -154,13 +155,13 @@ def attend_tiles(
     Args:
       query: `[chunk_rows, head_dim]`, a multiple of 128 rows.
       key_stop: int32 `[chunk_rows]`.
-      key_value: `[stretches, 2, stretch_size, lanes]`: keys, then zeros; values, then ones, last a zero.
+      key_value: `[pages, 2, page_size, lanes]`: keys, then zeros; values, then ones, last a zero.
       tiles: of the chunk.
       has_maximum: whether to take the kernel with the true running maximum.
-      is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
+      is_aligned: whether a tile sees no key of its page but those of its block, or zeros.
       scale: factor of the logits.
       vmem_bytes: on-chip memory that the kernel may take.
-      piece_rows: as in `KeyMajorConfig`.
+      piece_rows: as in `PerQueryConfig`.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
@@ -168,8 +169,8 @@ def attend_tiles(
     """
     num_rows, head_dim = query.shape
     _, num_tiles, tile_size = tiles.row.shape
-    parts = key_work.parts_of(key_work.words_of(head_dim, query.dtype) + 1)
-    state_parts = key_work.parts_of(head_dim + 2)
+    parts = memory.parts_of(memory.words_of(head_dim, query.dtype) + 1)
+    state_parts = memory.parts_of(head_dim + 2)
     num_slots = num_tiles * tile_size
     piece_rows = chunk_rows.choose_piece_rows(num_rows, head_dim, query.dtype, piece_rows)
     query = query.reshape(-1, piece_rows, head_dim)
@@ -211,7 +212,7 @@ def attend_tiles(
         name="attend_running" if has_maximum else "attend_fixed",
         interpret=interpret,
     )(
-        *(tiles.stretch, tiles.start, tiles.stop),
+        *(tiles.page, tiles.start, tiles.stop),
         *(tiles.row * state_parts, tiles.row * parts, tiles.row * parts),
         *(query, key_stop, key_value),
     )

@@ -1,16 +1,16 @@
 """Gradients of attention for choices made per query, on a TPU: one pass for dQ, dK and dV, without atomics.
 
 Tiling. As in `forward`: a chunk of rows stays in VMEM, the grid walks its (query, block) pairs sorted by block. A step
-is one tile of `backward_tile_size` pairs of one stretch of keys. It fetches its rows (query, gradient of the output,
+is one tile of `backward_tile_size` pairs of one page of keys. It fetches its rows (query, gradient of the output,
 key_stop, log-sum-exp and delta, all in one row), computes the probabilities again, P = exp(logits - log_sum_exp), and
-dS = P (dO V^T - delta). dK += dS^T Q and dV += P^T dO stay in VMEM as long as the stretch is the same, for the tiles of
-a stretch follow one another; dQ = dS K is added, row by row, to the chunk's rows.
+dS = P (dO V^T - delta). dK += dS^T Q and dV += P^T dO stay in VMEM as long as the page is the same, for the tiles of
+a page follow one another; dQ = dS K is added, row by row, to the chunk's rows.
 
-Sums over chunks. dK and dV go in and out through the same memory: the first tile of a stretch adds to what earlier
-chunks left. A stretch is visited in one run of tiles, so the pipeline never reads what it has yet to write.
+Sums over chunks. dK and dV go in and out through the same memory: the first tile of a page adds to what earlier
+chunks left. A page is visited in one run of tiles, so the pipeline never reads what it has yet to write.
 The order of all additions is that of the schedule: the same bits in every run.
 
-Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: rows 32 MB, dQ 16 MB; keys, values, dK and dV of two stretches, in
+Memory. VMEM, head_dim 128 in bfloat16, 32768 rows: rows 32 MB, dQ 16 MB; keys, values, dK and dV of two pages, in
 and out, 0.6 MB. SMEM as in `forward`.
 
 Speed. Five products instead of two, and twice the words to fetch a row; adding to dQ is half a row of the forward's.
@@ -28,10 +28,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
-from pallas_kernels.config import KEY_MAJOR, KeyMajorConfig
-from pallas_kernels.tpu import chunks, key_work
-from pallas_kernels.tpu.cut_tiles import make_tiles
-from pallas_kernels.tpu.key_work import LANES, LOG2_E, NN, NT, TN, Tiles
+from pallas_kernels.config import PER_QUERY, PerQueryConfig
+from pallas_kernels.numerics import LOG2_E, NN, NT, TN, product
+from pallas_kernels.tpu.per_query import chunks, memory
+from pallas_kernels.tpu.per_query.cut_tiles import make_tiles
+from pallas_kernels.tpu.per_query.memory import LANES, Tiles
 
 
 def attend_backward(
@@ -42,7 +43,7 @@ def attend_backward(
     cotangents: Results,
     *,
     scale: float,
-    config: KeyMajorConfig = KEY_MAJOR,
+    config: PerQueryConfig = PER_QUERY,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attend_forward` for query, key and value.
@@ -61,18 +62,18 @@ def attend_backward(
     Raises:
       NotImplementedError: as `attend_forward`.
     """
-    (query, key, value), cut = arrays, key_work.Cut.of(blocks)
+    (query, key, value), cut = arrays, memory.Cut.of(blocks)
     (output, log_sum_exp), (d_output, d_log_sum_exp) = results, cotangents
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
-    chunk = key_work.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
+    chunk = memory.refuses(query, blocks) or plan_chunk(query, key, indices.shape[3], blocks, config)
     if isinstance(chunk, str):
         raise NotImplementedError(chunk)
     num_rows = num_queries * num_heads // kv_heads
-    lanes = key_work.round_up(head_dim, LANES)
+    lanes = memory.round_up(head_dim, LANES)
     num_chunks = -(-num_rows // chunk.rows)
-    split = functools.partial(key_work.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
-    reach = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
+    split = functools.partial(memory.split_heads, kv_heads=kv_heads, num_chunks=num_chunks, chunk_rows=chunk.rows)
+    key_stop = jnp.broadcast_to(blocks.stop[:, :, None, None], (batch, num_queries, num_heads, 1))
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     log2_sum = jnp.where(jnp.isneginf(log_sum_exp), 0, log_sum_exp * LOG2_E)
 
@@ -83,7 +84,7 @@ def attend_backward(
             sums: tuple[jax.Array, jax.Array], arrays: tuple[jax.Array, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             indices, *row = arrays  # [top_k, chunk_rows], [chunk_rows, x]
-            ids, pieces = key_work.make_pieces(indices, block_start, block_length, cut)
+            ids, pieces = memory.make_pieces(indices, block_start, block_length, cut)
             tiles = make_tiles(
                 ids,
                 pieces,
@@ -93,7 +94,7 @@ def attend_backward(
                 interpret=interpret,
             )
             d_query, d_key, d_value = differentiate_tiles(
-                key_work.pack_rows(*row),
+                memory.pack_rows(*row),
                 key,
                 value,
                 *sums,
@@ -113,38 +114,38 @@ def attend_backward(
 
     padded_key = jnp.pad(key, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
     heads = (
-        key_work.split_keys(padded_key, cut.stretch_size),
-        key_work.split_keys(value, cut.stretch_size),
+        memory.split_keys(padded_key, cut.page_size),
+        memory.split_keys(value, cut.page_size),
         jnp.repeat(blocks.block_start, kv_heads, axis=0),
         jnp.repeat(blocks.block_length, kv_heads, axis=0),
-        key_work.split_indices(indices, kv_heads, num_chunks, chunk.rows),
+        memory.split_indices(indices, kv_heads, num_chunks, chunk.rows),
         split(query),
         split(d_output.astype(query.dtype)),
-        split(reach),
+        split(key_stop),
         split(log2_sum[..., None]),
         split(delta[..., None]),
     )
     d_query, d_key, d_value = lax.map(jax.custom_batching.sequential_vmap(differentiate_head), heads)
     return (
-        key_work.join_heads(d_query, batch, num_queries, num_heads),
-        key_work.join_keys(d_key, batch, num_keys).astype(key.dtype),
-        key_work.join_keys(d_value, batch, num_keys).astype(value.dtype),
+        memory.join_heads(d_query, batch, num_queries, num_heads),
+        memory.join_keys(d_key, batch, num_keys).astype(key.dtype),
+        memory.join_keys(d_value, batch, num_keys).astype(value.dtype),
     )
 
 
 def plan_chunk(
-    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: KeyMajorConfig
+    query: jax.Array, key: jax.Array, top_k: int, blocks: Blocks, config: PerQueryConfig
 ) -> chunks.Chunk | str:
     """The chunks of `attend_backward`, from shapes; or why there can be none."""
-    head_dim, cut = query.shape[-1], key_work.Cut.of(blocks)
-    lanes = key_work.round_up(head_dim, LANES)
+    head_dim, cut = query.shape[-1], memory.Cut.of(blocks)
+    lanes = memory.round_up(head_dim, LANES)
     parts = _parts(head_dim, query.dtype)
     return chunks.plan(
         query.shape[1] * query.shape[2] // key.shape[2],
         row_bytes=4 * (LANES * parts + lanes),
         row_multiple=8,
-        slot_bytes=4 * (2 * LANES * parts + 8 * cut.stretch_size + 4 * lanes),
-        tile_bytes=12 * 4 * cut.stretch_size * lanes,
+        slot_bytes=4 * (2 * LANES * parts + 8 * cut.page_size + 4 * lanes),
+        tile_bytes=12 * 4 * cut.page_size * lanes,
         pairs_per_row=top_k * cut.pieces_per_block,
         num_pieces=blocks.num_blocks * cut.pieces_per_block,
         tile_sizes=(config.backward_tile_size,),
@@ -170,15 +171,15 @@ def differentiate_tiles(
     """One chunk: dQ of its rows, and dK and dV with the chunk's share added.
 
     Args:
-      rows: uint32 `[(chunk_rows + 8) * parts, 128]`, from `key_work.pack_rows`: query, d_output, key_stop,
+      rows: uint32 `[(chunk_rows + 8) * parts, 128]`, from `memory.pack_rows`: query, d_output, key_stop,
         log_sum_exp * log2(e), delta.
-      key: `[stretches, stretch_size, lanes]`, zeros behind head_dim.
-      value: `[stretches, stretch_size, head_dim]`.
-      d_key: float32 `[stretches, stretch_size, head_dim]`, the sum of the chunks before.
+      key: `[pages, page_size, lanes]`, zeros behind head_dim.
+      value: `[pages, page_size, head_dim]`.
+      d_key: float32 `[pages, page_size, head_dim]`, the sum of the chunks before.
       d_value: like d_key.
       tiles: of the chunk, one a step.
       head_dim: of the queries.
-      is_aligned: whether a tile sees no key of its stretch but those of its block, or zeros.
+      is_aligned: whether a tile sees no key of its page but those of its block, or zeros.
       vmem_bytes: on-chip memory that the kernel may take.
 
     Returns:
@@ -192,8 +193,8 @@ def differentiate_tiles(
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda step, *_: (0, 0), pipeline_mode=pl.Buffered(1))
 
-    def stretch(array: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *array.shape[1:]), lambda step, stretch, *_: (stretch[step], 0, 0))
+    def page(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *array.shape[1:]), lambda step, page, *_: (page[step], 0, 0))
 
     return pl.pallas_call(
         functools.partial(_kernel, size=_Size(tile_size, head_dim, key.shape[1], is_aligned, scale)),
@@ -209,12 +210,12 @@ def differentiate_tiles(
                 numbers,
                 numbers,
                 whole(rows.shape),
-                stretch(key),
-                stretch(value),
-                stretch(d_key),
-                stretch(d_value),
+                page(key),
+                page(value),
+                page(d_key),
+                page(d_value),
             ],
-            out_specs=(whole(d_query_shape), stretch(d_key), stretch(d_value)),
+            out_specs=(whole(d_query_shape), page(d_key), page(d_value)),
             scratch_shapes=[
                 pltpu.VMEM((tile_size * parts, LANES), jnp.uint32),
                 pltpu.VMEM((tile_size * sum_parts, LANES), jnp.float32),
@@ -229,7 +230,7 @@ def differentiate_tiles(
         name="attend_backward",
         interpret=interpret,
     )(
-        *(tiles.stretch, tiles.start, tiles.stop),
+        *(tiles.page, tiles.start, tiles.stop),
         *(tiles.row * sum_parts, tiles.row * parts),
         *(rows, key, value, d_key, d_value),
     )
@@ -237,7 +238,7 @@ def differentiate_tiles(
 
 def _parts(head_dim: int, dtype: Any) -> int:
     """Parts of a row: query, gradient of the output, and three numbers."""
-    return key_work.parts_of(2 * key_work.words_of(head_dim, dtype) + 3)
+    return memory.parts_of(2 * memory.words_of(head_dim, dtype) + 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,21 +247,21 @@ class _Size:
 
     tile_size: int
     head_dim: int
-    stretch_size: int
+    page_size: int
     is_aligned: bool
     scale: float
 
 
 def _kernel(
-    stretch_ref: Any,  # SMEM [tiles]
+    page_ref: Any,  # SMEM [tiles]
     start_ref: Any,  # SMEM [tiles]
     stop_ref: Any,  # SMEM [tiles]
     sum_ref: Any,  # SMEM [1, 1, pairs]: first part of each slot's row of dQ
     row_ref: Any,  # SMEM [1, 1, pairs]: that of the rows
     rows_ref: Any,  # [(chunk_rows + 8) * parts, 128]
-    key_ref: Any,  # [1, stretch_size, lanes]
-    value_ref: Any,  # [1, stretch_size, head_dim]
-    old_d_key_ref: Any,  # [1, stretch_size, head_dim]
+    key_ref: Any,  # [1, page_size, lanes]
+    value_ref: Any,  # [1, page_size, head_dim]
+    old_d_key_ref: Any,  # [1, page_size, head_dim]
     old_d_value_ref: Any,
     d_query_ref: Any,  # [(chunk_rows + 8) * lanes / 128, 128]
     d_key_ref: Any,
@@ -271,37 +272,37 @@ def _kernel(
     size: _Size,
 ) -> None:
     tile = pl.program_id(0)
-    stretch, dtype = stretch_ref[tile], key_ref.dtype
+    page, dtype = page_ref[tile], key_ref.dtype
     sum_parts = key_ref.shape[2] // LANES
 
     @pl.when(tile == 0)
     def _() -> None:
-        key_work.fill_rows(d_query_ref, jnp.zeros((sum_parts, LANES), jnp.float32))
+        memory.fill_rows(d_query_ref, jnp.zeros((sum_parts, LANES), jnp.float32))
 
-    @pl.when((tile == 0) | (stretch != stretch_ref[jnp.maximum(tile - 1, 0)]))
+    @pl.when((tile == 0) | (page != page_ref[jnp.maximum(tile - 1, 0)]))
     def _() -> None:
         d_key_ref[...] = old_d_key_ref[...]
         d_value_ref[...] = old_d_value_ref[...]
 
-    key_work.fetch_rows(row_ref, rows_ref, fetched_ref)
-    rows = key_work.read_rows(fetched_ref, 0, size.tile_size, _parts(size.head_dim, dtype))
-    num_words = key_work.words_of(size.head_dim, dtype)
-    query = key_work.from_words(rows, 0, size.head_dim, dtype)  # [pairs, head_dim]
-    d_output = key_work.from_words(rows, num_words, size.head_dim, dtype)
+    memory.fetch_rows(row_ref, rows_ref, fetched_ref)
+    rows = memory.read_rows(fetched_ref, 0, size.tile_size, _parts(size.head_dim, dtype))
+    num_words = memory.words_of(size.head_dim, dtype)
+    query = memory.from_words(rows, 0, size.head_dim, dtype)  # [pairs, head_dim]
+    d_output = memory.from_words(rows, num_words, size.head_dim, dtype)
     key_stop, log_sum_exp, delta = (rows[:, 2 * num_words + i : 2 * num_words + i + 1] for i in range(3))  # [pairs, 1]
     log_sum_exp, delta = (lax.bitcast_convert_type(column, jnp.float32) for column in (log_sum_exp, delta))
     start, stop = start_ref[tile], stop_ref[tile]
     key_stop = lax.bitcast_convert_type(key_stop, jnp.int32)
-    is_seen = key_work.is_seen(start, stop, key_stop, stretch, size.stretch_size)
+    is_seen = memory.is_seen(start, stop, key_stop, page, size.page_size)
 
-    key = key_ref[0]  # [stretch_size, lanes]
+    key = key_ref[0]  # [page_size, lanes]
     if not size.is_aligned:  # keys of other segments, whatever they hold, must not even meet a zero
-        key = key_work.clear_outside(key, start, stop, stretch)
-    logits = key_work.product(query, key[:, : size.head_dim], NT) * (size.scale * LOG2_E)  # [pairs, stretch_size]
-    d_probability = key_work.product(d_output, value_ref[0], NT)
+        key = memory.clear_outside(key, start, stop, page)
+    logits = product(query, key[:, : size.head_dim], NT) * (size.scale * LOG2_E)  # [pairs, page_size]
+    d_probability = product(d_output, value_ref[0], NT)
     probability = jnp.where(is_seen, jnp.exp2(logits - log_sum_exp), 0.0)
     d_logits = jnp.where(is_seen, probability * (d_probability - delta) * size.scale, 0.0).astype(dtype)
-    d_value_ref[0] += key_work.product(probability.astype(dtype), d_output, TN)
-    d_key_ref[0] += key_work.product(d_logits, query, TN)
-    key_work.write_rows(result_ref, 0, key_work.product(d_logits, key, NN), sum_parts)
-    key_work.add_rows(sum_ref, result_ref, d_query_ref)
+    d_value_ref[0] += product(probability.astype(dtype), d_output, TN)
+    d_key_ref[0] += product(d_logits, query, TN)
+    memory.write_rows(result_ref, 0, product(d_logits, key, NN), sum_parts)
+    memory.add_rows(sum_ref, result_ref, d_query_ref)

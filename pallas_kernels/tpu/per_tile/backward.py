@@ -12,7 +12,7 @@ dK, dV. A program owns a key block: keys, values, dK and dV stay in VMEM while t
 all query heads of the key/value head, 512 queries at a time. Their list is the forward list transposed (sorted by
 block, in XLA). Four products: k q^T, v dO^T, P dO, dS q, all without a transpose in this layout.
 
-Memory. HBM: queries and dO of a tile side by side, one DMA for both; log-sum-exp, delta and reach of a tile as four
+Memory. HBM: queries and dO of a tile side by side, one DMA for both; log-sum-exp, delta and key range of a tile as four
 rows of one int32 array, one DMA more. VMEM, at 512 x 512, head_dim 128, bfloat16: two buffers of 256 KB, five arrays of
 logits' shape about 4 MB, sums 512 KB.
 
@@ -30,9 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
-from pallas_kernels.tpu import tile_sides, tile_work
-from pallas_kernels.tpu.tile_sides import DEFAULT, TileConfig
-from pallas_kernels.tpu.tile_work import LOG2_E, NN, NT, OUT_OF_SIGHT, TN
+from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, TN, product
+from pallas_kernels.tpu.per_tile import pipeline
+from pallas_kernels.tpu.per_tile.operands import DEFAULT, TileConfig, make_operands
 
 
 def attend_tiles_backward(
@@ -61,29 +61,29 @@ def attend_tiles_backward(
       NotImplementedError: as `attend_tiles_forward`.
     """
     (query, key, _), (output, log_sum_exp), (d_output, d_log_sum_exp) = arrays, results, cotangents
-    sides = tile_sides.split_sides(arrays, lists, blocks, query_block_size, config)
+    operands = make_operands(arrays, lists, blocks, query_block_size, config)
     batch, num_queries, heads, head_dim = query.shape
     num_keys, kv_heads = key.shape[1:3]
     group = heads // kv_heads
-    rows, num_tiles, part, _ = sides.query.shape
-    kv_rows, num_blocks, _, block, _ = sides.key_value.shape
+    rows, num_tiles, part, _ = operands.query.shape
+    kv_rows, num_blocks, _, block, _ = operands.key_value.shape
     key_entries = max(1, config.rows_per_step // block)
     query_entries = max(1, config.rows_per_step // part)
 
-    split = sides.query_cut.split
-    query_gradient = jnp.stack([sides.query, split(d_output)], axis=2)  # [rows, tiles, 2, part, head_dim]
+    split = operands.query_cut.split
+    query_gradient = jnp.stack([operands.query, split(d_output)], axis=2)  # [rows, tiles, 2, part, head_dim]
     delta = (d_output.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1) - d_log_sum_exp
     # In units of log2; where a query saw nothing, so large that every probability is zero.
     log_sum_exp = jnp.where(log_sum_exp == -jnp.inf, -OUT_OF_SIGHT, log_sum_exp * LOG2_E)
     numbers = [lax.bitcast_convert_type(split(array), jnp.int32) for array in (log_sum_exp, delta)]
-    reach = jnp.repeat(sides.reach, heads, axis=0)  # [rows, tiles, 2, part]
-    per_query = jnp.concatenate([reach, jnp.stack(numbers, axis=2)], axis=2)  # int32 [rows, tiles, 4, part]
+    key_range = jnp.repeat(operands.key_range, heads, axis=0)  # [rows, tiles, 2, part]
+    per_query = jnp.concatenate([key_range, jnp.stack(numbers, axis=2)], axis=2)  # int32 [rows, tiles, 4, part]
 
-    tile, block_id, needs_mask = sides.pairs
-    work = tile_work.make_work(tile, block_id, needs_mask, num_owners=num_tiles, entries=key_entries)
+    tile, block_id, needs_mask = operands.pairs
+    work = pipeline.make_work(tile, block_id, needs_mask, num_owners=num_tiles, entries=key_entries)
     d_query = pl.pallas_call(
         functools.partial(_query_kernel, scale=scale, group=group),
-        out_shape=jax.ShapeDtypeStruct(sides.query.shape, query.dtype),
+        out_shape=jax.ShapeDtypeStruct(operands.query.shape, query.dtype),
         grid=(rows, num_tiles),
         in_specs=[
             pl.BlockSpec((1, 1, 1, 3), lambda r, t: (r, t, 0, 0), memory_space=pltpu.SMEM),
@@ -95,19 +95,19 @@ def attend_tiles_backward(
         ],
         out_specs=pl.BlockSpec((1, 1, part, head_dim), lambda r, t: (r, t, 0, 0)),
         scratch_shapes=[
-            *tile_work.key_scratch(key_entries, block, head_dim, key.dtype),
+            *pipeline.key_scratch(key_entries, block, head_dim, key.dtype),
             pltpu.VMEM((head_dim, part), jnp.float32),
         ],
-        compiler_params=tile_work.COMPILER_PARAMS,
+        compiler_params=pipeline.COMPILER_PARAMS,
         name="attend_tiles_d_query",
         interpret=interpret,
-    )(work.span, query_gradient, per_query, work.steps, sides.key_value, sides.position)
+    )(work.span, query_gradient, per_query, work.steps, operands.key_value, operands.position)
 
     # The same pairs by block: tile t of head g of a group is partner g * num_tiles + t.
     owner = jnp.where(tile < 0, -1, block_id).reshape(kv_rows, -1)
     head_in_group = (jnp.arange(rows, dtype=jnp.int32) % group)[:, None]
     partner = (head_in_group * num_tiles + tile).reshape(kv_rows, -1)
-    work = tile_work.make_work(
+    work = pipeline.make_work(
         owner, partner, needs_mask.reshape(kv_rows, -1), num_owners=num_blocks, entries=query_entries
     )
     block_spec = pl.BlockSpec((1, 1, block, head_dim), lambda r, n: (r, n, 0, 0))
@@ -125,35 +125,35 @@ def attend_tiles_backward(
         ],
         out_specs=[block_spec] * 2,
         scratch_shapes=[
-            *tile_work.ids_scratch(),
+            *pipeline.ids_scratch(),
             pltpu.VMEM((2, query_entries, 2, part, head_dim), query.dtype),
             pltpu.VMEM((2, query_entries, 4, part), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((block, head_dim), jnp.float32),
             pltpu.VMEM((block, head_dim), jnp.float32),
         ],
-        compiler_params=tile_work.COMPILER_PARAMS,
+        compiler_params=pipeline.COMPILER_PARAMS,
         name="attend_tiles_d_key_value",
         interpret=interpret,
     )(
         work.span,
-        sides.key_value,
-        sides.position,
+        operands.key_value,
+        operands.position,
         work.steps,
         query_gradient.reshape(kv_rows, group * num_tiles, 2, part, head_dim),
         per_query.reshape(kv_rows, group * num_tiles, 4, part),
     )
     return (
-        sides.query_cut.join(d_query, batch, num_queries),
-        sides.key_cut.join(d_key, batch, num_keys),
-        sides.key_cut.join(d_value, batch, num_keys),
+        operands.query_cut.join(d_query, batch, num_queries),
+        operands.key_cut.join(d_key, batch, num_keys),
+        operands.key_cut.join(d_value, batch, num_keys),
     )
 
 
 def _query_kernel(
     span_ref: Any,  # SMEM [1, 1, 1, 3]
     query_ref: Any,  # [1, 1, 2, queries, head_dim]: queries, dO
-    per_query_ref: Any,  # int32 [1, 1, 4, queries]: reach, and the bits of log-sum-exp and delta
+    per_query_ref: Any,  # int32 [1, 1, 4, queries]: key_range, and the bits of log-sum-exp and delta
     steps_hbm: Any,  # HBM [rows, lines, 1, 128]
     key_value_hbm: Any,  # HBM [kv rows, blocks, 2, block, head_dim]
     position_hbm: Any,  # HBM [kv rows, blocks, 1, block]
@@ -169,16 +169,16 @@ def _query_kernel(
     group: int,
 ) -> None:
     sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-    keys = tile_work.KeyBuffers(key_value_hbm, position_hbm, key_value_ref, position_ref, semaphore, group)
+    keys = pipeline.KeyBuffers(key_value_hbm, position_hbm, key_value_ref, position_ref, semaphore, group)
 
     def differentiate(buffer: Any, is_masked: bool) -> None:
         key, value = keys.load(buffer)  # [keys, head_dim]
         per_query = per_query_ref[0, 0]
         is_seen = keys.is_seen(buffer, per_query[0:2]) if is_masked else None
         _, d_logits = _recompute(key, value, query_ref[0, 0, 0], query_ref[0, 0, 1], per_query, is_seen, scale)
-        sum_ref[...] += tile_work.product(key, d_logits.astype(key.dtype), TN)
+        sum_ref[...] += product(key, d_logits.astype(key.dtype), TN)
 
-    tile_work.walk(
+    pipeline.stream(
         span_ref,
         steps_hbm,
         ids_ref,
@@ -232,13 +232,13 @@ def _key_kernel(
         per_query = jnp.concatenate([per_query_ref[buffer, entry] for entry in range(entries)], axis=1)  # [4, queries]
         is_seen = None
         if is_masked:
-            position = tile_work.spread(position_ref[0, 0], query.shape[0])  # [keys, queries]
+            position = pipeline.spread(position_ref[0, 0], query.shape[0])  # [keys, queries]
             is_seen = (per_query[0:1] <= position) & (position < per_query[1:2])
         probability, d_logits = _recompute(key, value, query, d_output, per_query, is_seen, scale)
-        d_value_sum_ref[...] += tile_work.product(probability.astype(query.dtype), d_output, NN)
-        d_key_sum_ref[...] += tile_work.product(d_logits.astype(query.dtype), query, NN)
+        d_value_sum_ref[...] += product(probability.astype(query.dtype), d_output, NN)
+        d_key_sum_ref[...] += product(d_logits.astype(query.dtype), query, NN)
 
-    tile_work.walk(
+    pipeline.stream(
         span_ref,
         steps_hbm,
         ids_ref,
@@ -263,9 +263,9 @@ def _recompute(
 ) -> tuple[jax.Array, jax.Array]:
     """P and dS, float32 `[keys, queries]`. Of keys, values `[keys, head_dim]`, queries and dO `[queries, head_dim]`."""
     log_sum_exp, delta = (lax.bitcast_convert_type(per_query[i : i + 1], jnp.float32) for i in (2, 3))  # [1, queries]
-    logits = tile_work.product(key, query, NT) * (scale * LOG2_E)
+    logits = product(key, query, NT) * (scale * LOG2_E)
     probability = jnp.exp2(logits - log_sum_exp)
     if is_seen is not None:
         probability = jnp.where(is_seen, probability, 0.0)
-    d_probability = tile_work.product(value, d_output, NT)
+    d_probability = product(value, d_output, NT)
     return probability, probability * (d_probability - delta)

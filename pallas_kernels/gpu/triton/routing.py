@@ -8,11 +8,11 @@ a time: a tile [blocks, keys, head_dim], summed over the keys. Blocks may start 
 sequences included. Each key is read once: bound by memory.
 
 Scores and choice. Grid (tile of queries, query head of a batch row). A program keeps its queries [queries, head_dim] in
-registers and walks the stretches of blocks that one of them may choose. It computes the scores [queries, blocks] of a
-stretch and merges them into each query's list of the best so far, `top_k` scores and ids in no order, also in
-registers, by repeated extraction: take each query's best remaining block of the stretch, put it in the place of the
+registers and walks the panels of blocks that one of them may choose. It computes the scores [queries, blocks] of a
+panel and merges them into each query's list of the best so far, `top_k` scores and ids in no order, also in
+registers, by repeated extraction: take each query's best remaining block of the panel, put it in the place of the
 worst of its list if it is better, strike it out, and stop when no query's next best beats the worst of its list.
-Order gives the tie rule: stretches rise, extraction takes the lowest id among equals, only a strictly better block
+Order gives the tie rule: panels rise, extraction takes the lowest id among equals, only a strictly better block
 enters, and the highest id among equals leaves. At the end the list is written in falling order, one column at a time.
 
 Precision. Scores are float32 products, computed by the tensor cores all the same: a float32 number is split into three
@@ -20,8 +20,8 @@ bfloat16 numbers that add up to it exactly, a float16 one into two, and each par
 That is three passes for bfloat16 queries, nine for float32.
 
 Speed. At 64K tokens, block_size 128, head_dim 128, 32 heads: the scores of the visible blocks are 0.14 TFLOP, three
-times that in the three passes, 0.4 ms on an H200 at its peak. An extraction reads every score of a stretch once, about
-eight operations each; a stretch takes top_k of them at first, later ones fewer: by an estimate 0.4 ms. Bound by
+times that in the three passes, 0.4 ms on an H200 at its peak. An extraction reads every score of a panel once, about
+eight operations each; a panel takes top_k of them at first, later ones fewer: by an estimate 0.4 ms. Bound by
 arithmetic, of both kinds alike, and the only stage that grows with the square of the sequence. Compiled for sm_90 it
 spills no registers: rows of more than 128 columns are split into parts, and multiplied, 128 columns at a time. That
 takes nothing away from the tiles, and adds neither bytes nor operations.
@@ -40,7 +40,6 @@ from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TRITON, TritonConfig
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.tiles import (
-    NT,
     SMALLEST_SIDE,
     ceil_div,
     divide,
@@ -50,10 +49,10 @@ from pallas_kernels.gpu.tiles import (
     loop,
     padded_head_dim,
     power_of_two,
-    product,
     store_numbers,
     store_rows,
 )
+from pallas_kernels.numerics import NT, product
 
 # Id of an empty place in a list, before its number is added: above every block.
 _NO_BLOCK = 1 << 30
@@ -116,7 +115,7 @@ def route(
             num_blocks=num_blocks,
             parts=parts,
             tile=tile,
-            stretch=min(config.route_blocks, power_of_two(num_blocks, SMALLEST_SIDE)),
+            panel=min(config.route_blocks, power_of_two(num_blocks, SMALLEST_SIDE)),
             top_k=top_k,
             is_causal=is_causal,
         ),
@@ -158,7 +157,7 @@ def _route_kernel(
     num_blocks: int,
     parts: int,
     tile: int,
-    stretch: int,
+    panel: int,
     top_k: int,
     is_causal: bool,
 ) -> None:
@@ -175,17 +174,17 @@ def _route_kernel(
     query_parts = [_split_exactly(piece.astype(jnp.float32), parts) for piece in query]
     first = load_numbers(first_ref, token, is_query)  # [queries]
     last = load_numbers(last_ref, token, is_query, other=-1)
-    is_reached = first <= last
-    begin, _ = divide(jnp.where(is_reached, first, num_blocks).min(), stretch)
-    end = ceil_div(jnp.where(is_reached, last, -1).max() + 1, stretch)
+    has_blocks = first <= last
+    begin, _ = divide(jnp.where(has_blocks, first, num_blocks).min(), panel)
+    end = ceil_div(jnp.where(has_blocks, last, -1).max() + 1, panel)
 
     places = power_of_two(top_k, 2)
     slot = lax.broadcasted_iota(jnp.int32, (tile, places), 1)
-    column = lax.broadcasted_iota(jnp.int32, (tile, stretch), 1)
+    column = lax.broadcasted_iota(jnp.int32, (tile, panel), 1)
 
-    def scores_of(step: jax.Array) -> jax.Array:  # [queries, stretch]
-        block = step * stretch + iota(stretch)
-        score = jnp.zeros((tile, stretch), jnp.float32)
+    def scores_of(step: jax.Array) -> jax.Array:  # [queries, panel]
+        block = step * panel + iota(panel)
+        score = jnp.zeros((tile, panel), jnp.float32)
         pairs = [(i, j) for i in range(parts) for j in range(3)]
         for piece, query_piece in zip(pieces, query_parts, strict=True):
             mean_piece = _split_exactly(load_rows(mean_ref, first_mean + block, block < num_blocks, *piece), 3)
@@ -197,7 +196,7 @@ def _route_kernel(
         return jnp.where(is_visible, score, -jnp.inf)
 
     def is_better(score: jax.Array, best_score: jax.Array) -> jax.Array:
-        """Whether some query has a block in the stretch that beats the worst of its list."""
+        """Whether some query has a block in the panel that beats the worst of its list."""
         return jnp.where(score.max(1) > best_score.min(1), 1, 0).max() > 0
 
     def merge(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -206,12 +205,12 @@ def _route_kernel(
         def extract(state: tuple) -> tuple:
             _, score, best_score, best_block = state
             top, worst = score.max(1), best_score.min(1)
-            top_place = jnp.where(score == top[:, None], column, stretch).min(1)
+            top_place = jnp.where(score == top[:, None], column, panel).min(1)
             is_worst = best_score == worst[:, None]
             leaving = jnp.where(is_worst, best_block, -1).max(1)
             is_hit = is_worst & (best_block == leaving[:, None]) & (top > worst)[:, None]
             best_score = jnp.where(is_hit, top[:, None], best_score)
-            best_block = jnp.where(is_hit, (step * stretch + top_place)[:, None], best_block)
+            best_block = jnp.where(is_hit, (step * panel + top_place)[:, None], best_block)
             score = jnp.where(column == top_place[:, None], -jnp.inf, score)
             return is_better(score, best_score), score, best_score, best_block
 

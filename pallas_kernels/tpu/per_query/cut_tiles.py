@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.key_work import LANES, Pieces, Tiles, round_up
+from pallas_kernels.tpu.per_query.memory import LANES, Pieces, Tiles, round_up
 
 _PIECES_AT_ONCE = 4  # cut side by side, to hide latencies, where none has more tiles than these:
 _FEW_TILES = 4  # of each, side by side; those past the end of a piece are overwritten by the next piece.
@@ -63,7 +63,7 @@ def make_tiles(
     max_tiles = round_up(max_tiles, tiles_per_step) + tiles_per_step
     width = min(LANES, tile_size)
     tile_shape = max_tiles * tile_size // width, width
-    row, stretch, start, stop, num_tiles = pl.pallas_call(
+    row, page, start, stop, num_tiles = pl.pallas_call(
         functools.partial(
             _kernel,
             tile_size=tile_size,
@@ -100,7 +100,7 @@ def make_tiles(
         interpret=interpret,
     )(begin[None], numbers, row)
     num_steps = -(-num_tiles[0] // tiles_per_step)
-    return Tiles(row.reshape(-1, tiles_per_step, tile_size), stretch, start, stop, jnp.maximum(num_steps, 1))
+    return Tiles(row.reshape(-1, tiles_per_step, tile_size), page, start, stop, jnp.maximum(num_steps, 1))
 
 
 def _sort_rows(piece: jax.Array, num_pieces: int) -> jax.Array:
@@ -133,10 +133,10 @@ def _count(piece: jax.Array, num_pieces: int) -> jax.Array:
 
 def _kernel(
     begin_ref: Any,  # SMEM [1]
-    numbers_ref: Any,  # SMEM [1, 4, pieces]: count, stretch, start, stop
+    numbers_ref: Any,  # SMEM [1, 4, pieces]: count, page, start, stop
     sorted_ref: Any,  # [pairs / 128 + 1, 128]
     row_ref: Any,  # [tiles * tile_size / width, width], width 128 or, for shorter tiles, tile_size
-    stretch_ref: Any,  # SMEM [tiles]
+    page_ref: Any,  # SMEM [tiles]
     start_ref: Any,  # SMEM [tiles]
     stop_ref: Any,  # SMEM [tiles]
     total_ref: Any,  # SMEM [2]: tiles and pairs so far
@@ -157,7 +157,7 @@ def _kernel(
 
     def write(tile: Any, first: Any, count: Any, numbers: tuple[Any, Any, Any]) -> None:
         """Writes the tile that begins at the sorted pair `first` and has `count` pairs or, if more, all it holds."""
-        for ref, number in zip((stretch_ref, start_ref, stop_ref), numbers, strict=True):
+        for ref, number in zip((page_ref, start_ref, stop_ref), numbers, strict=True):
             ref[tile] = number
         for part in range(0, tile_size, width):
             # Shifts and masks: a division of signed numbers takes twice as many operations.

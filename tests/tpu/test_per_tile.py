@@ -1,4 +1,4 @@
-"""The query-tile-major TPU kernels, interpreted on a CPU, against dense masks in NumPy."""
+"""The per-tile TPU kernels, interpreted on a CPU, against dense masks in NumPy."""
 
 import dataclasses
 import functools
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.tpu.backward_tiles import attend_tiles_backward
-from pallas_kernels.tpu.forward_tiles import attend_tiles_forward
-from pallas_kernels.tpu.tile_sides import DEFAULT, NOWHERE, TileConfig
+from pallas_kernels.tpu.per_tile.backward import attend_tiles_backward
+from pallas_kernels.tpu.per_tile.forward import attend_tiles_forward
+from pallas_kernels.tpu.per_tile.operands import DEFAULT, NOWHERE, TileConfig
 from tests import cases
 
 pytestmark = pytest.mark.timeout(120)

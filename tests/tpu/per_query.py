@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from pallas_kernels.config import KeyMajorConfig
-from pallas_kernels.tpu.key_work import SPARE_ROWS
+from pallas_kernels.config import PerQueryConfig
+from pallas_kernels.tpu.per_query.memory import SPARE_ROWS
 from tests.cases import Case
 
 # Three tiles a step, several steps, the last of which is not full.
-SMALL = KeyMajorConfig(tile_size=8, slots_per_step=24, backward_tile_size=8, piece_rows=128, pieces_per_step=4)
+SMALL = PerQueryConfig(tile_size=8, slots_per_step=24, backward_tile_size=8, piece_rows=128, pieces_per_step=4)
 
 # Query heads per key/value head: 1, 2, 3, 4, 7, 8. "odd_blocks" has three chunks of 128 rows in the forward pass, the
 # last of them with three rows; "pieces" has one of three pieces.

@@ -7,10 +7,10 @@ dV = P^T dO. Source: FlashAttention-2 (arXiv 2307.08691), section 2.
 
 Tiling. Chunks of rows and tiles of pairs as in `forward`. Three kernels, or two where a program has a whole block.
 
-dK and dV. Grid (stretch of `key_size` keys of a block, key/value head). A program keeps its keys and values and both
+dK and dV. Grid (part of `key_size` keys of a block, key/value head). A program keeps its keys and values and both
 gradients, [key_size, head_dim] in float32, in registers, and walks the tiles of its block, which follow one another: it
 gathers their rows (query, gradient of the output, log-sum-exp, delta), computes P and dS again, and adds dS^T Q and
-P^T dO. At the end it adds the sums to what earlier chunks left. Where its stretch is the whole block, it has all that
+P^T dO. At the end it adds the sums to what earlier chunks left. Where its part is the whole block, it has all that
 the dQ of a pair is made of: it also leaves dS K at the place of the pair, in the dtype of the queries.
 
 dQ of pairs, for blocks of more than `key_size` keys. Grid (tile, key/value head of the chunk): the shape of the forward
@@ -55,20 +55,16 @@ from pallas_kernels.gpu.chunks import (
     rows_program,
 )
 from pallas_kernels.gpu.tiles import (
-    LOG2_E,
-    NN,
-    NT,
-    TN,
     ceil_div,
     divide,
     load_numbers,
     load_rows,
     loop,
     padded_head_dim,
-    product,
     refuses,
     store_rows,
 )
+from pallas_kernels.numerics import LOG2_E, NN, NT, TN, product
 
 
 def attend_backward(
@@ -250,17 +246,17 @@ def _differentiate_keys(
     """
     schedule = chunk.schedule
     key_size = plan.key_size(config)
-    stretches = ceil_div(plan.block_size, key_size)
+    parts = ceil_div(plan.block_size, key_size)
     results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in gradients]
-    if stretches == 1:
+    if parts == 1:
         pairs = plan.chunk_heads * plan.chunk_pairs, plan.head_dim
         results.append(jax.ShapeDtypeStruct(pairs, operands[3].dtype))
 
     first_operand = 3 + len(operands)
     return pl.pallas_call(
-        functools.partial(_keys_kernel, plan=plan, key_size=key_size, stretches=stretches),
+        functools.partial(_keys_kernel, plan=plan, key_size=key_size, parts=parts),
         out_shape=results,
-        grid=(plan.num_blocks * stretches, plan.chunk_heads),
+        grid=(plan.num_blocks * parts, plan.chunk_heads),
         input_output_aliases={first_operand: 0, first_operand + 1: 1},
         compiler_params=plgpu.CompilerParams(num_warps=config.attend_warps, num_stages=config.num_stages),
         name="attend_d_key_value",
@@ -291,19 +287,19 @@ def _keys_kernel(
     d_value_before_ref: Any,
     d_key_ref: Any,  # [batch * keys * kv_heads, head_dim]
     d_value_ref: Any,  # [batch * keys * kv_heads, head_dim]
-    *d_query_refs: Any,  # [chunk_heads * chunk_pairs, head_dim], if the stretch is the whole block
+    *d_query_refs: Any,  # [chunk_heads * chunk_pairs, head_dim], if the part is the whole block
     plan: Plan,
     key_size: int,
-    stretches: int,
+    parts: int,
 ) -> None:
     program, head = pl.program_id(0), pl.program_id(1)
-    number, stretch = divide(program, stretches)
+    number, part = divide(program, parts)
     begin, end = bounds_ref[head, number], bounds_ref[head, number + 1]
 
     @pl.when(begin < end)
     def _() -> None:
         block = find_block(origin_ref, start_ref, length_ref, head, number, plan)
-        keys = find_keys(block, stretch, key_size, plan)
+        keys = find_keys(block, part, key_size, plan)
         key = load_rows(key_ref, keys.rows, keys.is_real, plan.columns)
         value = load_rows(value_ref, keys.rows, keys.is_real, plan.columns)
 

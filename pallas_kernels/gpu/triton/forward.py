@@ -1,4 +1,4 @@
-"""Attention for choices made per query, on a GPU of any kind: key-major, in Triton.
+"""Attention for choices made per query, on a GPU of any kind: one key block after another, in Triton.
 
 Compiled and interpreted only: nothing here has run on a GPU yet.
 
@@ -16,7 +16,7 @@ after another, weighs them by their log-sum-exp and writes the output to its pla
 head_dim]`, and the log-sum-exp of the whole.
 
 Memory. Registers: an accumulator [tile_size, head_dim] in float32, logits [tile_size, key_size]. Shared memory: queries
-[tile_size, head_dim], `num_stages` stretches of keys and of values; 96 KiB at head_dim 128 in 16 bits. Global memory:
+[tile_size, head_dim], `num_stages` parts of keys and of values; 96 KiB at head_dim 128 in 16 bits. Global memory:
 inputs, outputs, and the partial results of one chunk, at most 3/16 of those as a rule; nothing is copied into another
 order, and keys are never repeated.
 
@@ -47,21 +47,16 @@ from pallas_kernels.gpu.chunks import (
     rows_program,
 )
 from pallas_kernels.gpu.tiles import (
-    LN_2,
-    LOG2_E,
-    NN,
-    NT,
-    OUT_OF_SIGHT,
     ceil_div,
     load_numbers,
     load_rows,
     loop,
     padded_head_dim,
-    product,
     refuses,
     store_numbers,
     store_rows,
 )
+from pallas_kernels.numerics import LN_2, LOG2_E, NN, NT, OUT_OF_SIGHT, product
 
 
 def attend_forward(
