@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import KEY_MAJOR, MOSAIC, TRITON, KeyMajorConfig, MosaicConfig, TritonConfig
 from sparse_attn import reference
-from sparse_attn.attend import per_query, per_tile, route
+from sparse_attn.attend import cached, per_query, per_tile, route
 from sparse_attn.attend.choice import Choice, PerQuery, PerTile
 from sparse_attn.attend.derivatives import Backend
 from sparse_attn.attend.platform import ByPlatform
@@ -58,6 +58,14 @@ class Reference:
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
         forward = functools.partial(self.forward, choice=choice, scale=scale)
         return jax.vjp(forward, arrays)[1](cotangents)[0]
+
+    def refuses_decode(self, arrays: Arrays) -> None:
+        """It does every call."""
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        return cached.attend_dense(arrays, indices, length, num_new, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +105,14 @@ class Xla:
             return per_query.backward(arrays, choice, results, cotangents, scale, self.per_query_sizes)
         return per_tile.backward(arrays, choice, results, cotangents, scale, self.per_tile_sizes)
 
+    def refuses_decode(self, arrays: Arrays) -> None:
+        """It does every call."""
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        return cached.attend(arrays, indices, length, num_new, scale)
+
 
 # On a CPU a step should stay near the cache, elsewhere it should fill the machine.
 _LARGE = 2**26
@@ -127,6 +143,14 @@ class _Kernels:
     @property
     def has_effects(self) -> bool:
         return bool(self.interpret)
+
+    def refuses_decode(self, arrays: Arrays) -> str | None:
+        return "there is no kernel for decoding"
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        raise NotImplementedError
 
     def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
         """A pass of the kernels; rest is what follows the choice, the scale last."""
