@@ -30,12 +30,16 @@ def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.A
         block, block_size = jnp.maximum(indices, 0), key.shape[1]
         place = block[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)  # [r, c, m]
         is_seen = (indices >= 0)[..., None] & (place < stop[:, None, None])
-        logits = scale * jnp.einsum("rd,rcmd->rcm", query, key[block], preferred_element_type=accumulator)
+
+        def take(array: jax.Array) -> jax.Array:  # [blocks, m, d] -> [r, c, m, d]
+            return array.at[block].get(mode="promise_in_bounds")
+
+        logits = scale * jnp.einsum("rcmd,rd->rcm", take(key), query, preferred_element_type=accumulator)
         logits = jnp.where(is_seen, logits, -jnp.inf)
         largest = logits.max((1, 2), keepdims=True)
         weight = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
         total = weight.sum((1, 2))[:, None]
-        chosen = jnp.where(is_seen[..., None], value[block], 0)
+        chosen = jnp.where(is_seen[..., None], take(value), 0)
         output = jnp.einsum("rcm,rcmd->rd", weight.astype(value.dtype), chosen, preferred_element_type=accumulator)
         return output / jnp.where(total == 0, 1, total)
 

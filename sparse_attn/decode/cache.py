@@ -6,7 +6,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from sparse_attn.checks import check_integers, check_not_negative, check_positive
@@ -97,7 +96,7 @@ def append(
       The cache with the lengths and the raw keys after the tokens, and the keys after the convolution, shaped like key.
     """
     length = cache.length + num_new
-    _require((length <= cache.max_length).all(), f"rows can hold max_length={cache.max_length} tokens, got", length)
+    _check(length <= cache.max_length, f"a row holds at most max_length={cache.max_length} tokens", length)
     raw_key, new_key = cache.raw_key, key
     if key_conv_kernel is not None:
         earlier = take_ring(raw_key, cache.length, cache.lookback)  # [batch, width - 1, kv_heads, head_dim]
@@ -161,23 +160,33 @@ def rollback(cache: _Cache, length: ArrayLike) -> _Cache:
       The shorter cache.
 
     Raises:
-      ValueError: a length is out of bounds. Inside jit that is a check of `jax.experimental.checkify` (user_checks).
+      ValueError: a length is out of bounds. Inside jit, where the numbers are not known, the row is lost: its length
+        becomes max_length + 1, and what it attends from there on is NaN.
     """
-    new_length = check_integers("length", length, cache.length.shape)
-    assert new_length is not None
-    new_length = new_length.astype(jnp.int32)
-    is_shorter = ((new_length >= 0) & (new_length <= cache.length)).all()
-    _require(is_shorter, "length must lie between 0 and the cache's, got", new_length)
+    given = check_integers("length", length, cache.length.shape)
+    assert given is not None
+    given = given.astype(jnp.int32)
+    is_right = (given >= 0) & (given <= cache.length)
+    _check(is_right, "length must lie between 0 and the cache's", given)
     if cache.lookback:
-        is_kept = (new_length == 0) | (new_length >= cache.written - cache.max_draft)
-        _require(is_kept.all(), f"a row can go back by max_draft={cache.max_draft} tokens or to 0, got", new_length)
-    written = jnp.where(new_length == 0, 0, cache.written)
-    return dataclasses.replace(cache, length=new_length, written=written)
+        is_kept = (given == 0) | (given >= cache.written - cache.max_draft)
+        _check(is_kept, f"a row can go back by max_draft={cache.max_draft} tokens or to 0", given)
+        is_right &= is_kept
+    written = jnp.where(given == 0, 0, cache.written)
+    return dataclasses.replace(cache, length=jnp.where(is_right, given, cache.max_length + 1), written=written)
 
 
-def _require(is_right: jax.Array, message: str, length: jax.Array) -> None:
-    """ValueError where the numbers are known, else a check that only `checkify.checkify` sees."""
-    if isinstance(is_right, jax.core.Tracer):
-        checkify.debug_check(is_right, f"{message} {{length}}", length=length)
-    elif not is_right:
-        raise ValueError(f"{message} {np.asarray(length).tolist()}")
+def _check(is_right: jax.Array, rule: str, length: jax.Array) -> None:
+    """ValueError where the numbers are known."""
+    if not isinstance(is_right, jax.core.Tracer) and not is_right.all():
+        raise ValueError(f"{rule}, got {np.asarray(length).tolist()}")
+
+
+def mark_lost(output: jax.Array, length: jax.Array, num_new: jax.Array, max_length: int) -> jax.Array:
+    """The output `[batch, tokens, heads, value_head_dim]`, NaN for tokens that found no room.
+
+    By a sum, which `checkify.nan_checks` look at.
+    """
+    token = jnp.arange(output.shape[1])
+    is_lost = (token < num_new[:, None]) & ((length - num_new)[:, None] + token >= max_length)  # [batch, tokens]
+    return output + jnp.where(is_lost, jnp.nan, 0)[:, :, None, None].astype(output.dtype)

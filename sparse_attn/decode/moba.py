@@ -25,7 +25,7 @@ from sparse_attn.attend.backends import Implementation, resolve
 from sparse_attn.attend.choice import PerQuery
 from sparse_attn.attention import attend, once_each, raise_refusal
 from sparse_attn.checks import check_cached_query, check_positive, check_scale, check_selection
-from sparse_attn.decode.cache import Cache, append, check_new, count_new, empty_rows
+from sparse_attn.decode.cache import Cache, append, check_new, count_new, empty_rows, mark_lost
 from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import over_auto_axes
@@ -112,7 +112,9 @@ def extend_moba_cache(
 ) -> MoBACache:
     """The cache with new tokens behind those that it holds; donate the old one, and nothing of its size is copied.
 
-    Tokens that find no room are not stored and overwrite nothing, yet `length` counts them.
+    Inside jit, where lengths are not known, a token that finds no room raises nothing: it is not stored, overwrites
+    nothing, and is counted by `length`; attention gives NaN for it, which `jax.experimental.checkify` (nan_checks) and
+    `jax_debug_nans` report.
 
     Args:
       cache: the tokens so far.
@@ -122,8 +124,7 @@ def extend_moba_cache(
       num_new: int `[batch]`, how many of the tokens are real, clipped to 0..tokens; the first ones are. None: all.
 
     Raises:
-      ValueError: an argument has a wrong shape, dtype or value; a row would grow beyond max_length. Inside jit the
-        latter is a check of `jax.experimental.checkify` (user_checks), which costs nothing where it is not asked for.
+      ValueError: an argument has a wrong shape, dtype or value; outside jit, a row would grow beyond max_length.
     """
     key, value = map(jnp.asarray, (key, value))
     check_new(key, value, key_conv_kernel, cache, (cache.key[:, :, 0, 0], cache.value[:, :, 0, 0]))
@@ -159,7 +160,8 @@ def _complete(mean: jax.Array, key: jax.Array, start: jax.Array, stop: jax.Array
         keys = key.at[block].get(mode="clip").astype(mean.dtype)  # [ended, block_size, head_dim]
         return mean.at[block].set(keys.sum(1) / block_size, mode="drop", unique_indices=True)
 
-    return jax.vmap(jax.vmap(complete_head, (0, 0, None)))(mean, key, block)
+    complete = jax.vmap(jax.vmap(complete_head, (0, 0, None)))
+    return jax.lax.cond((block < num_blocks).any(), complete, lambda mean, key, block: mean, mean, key, block)
 
 
 @overload
@@ -245,7 +247,7 @@ def moba_cached_attention(
         check_selection(selection, query)
         if selection.block_size != cache.block_size:
             raise ValueError(f"selection.block_size must be the cache's {cache.block_size}, got {selection.block_size}")
-        indices = once_each(jnp.asarray(selection.indices), cache.num_blocks)
+        indices = blocks.reachable(once_each(jnp.asarray(selection.indices), cache.num_blocks))
     if is_few:
         backend, arrays = resolve(implementation), (query, cache.key, cache.value)
         raise_refusal(backend.refuses_decode(arrays))
@@ -253,9 +255,7 @@ def moba_cached_attention(
     else:
         key, value = (_in_rows(array) for array in (cache.key, cache.value))
         output, _ = attend((query, key, value), PerQuery(indices, blocks), scale, implementation)
-    is_lost = start[:, None] + jnp.arange(num_queries) >= cache.max_length  # [batch, tokens]
-    is_lost &= jnp.arange(num_queries) < num_new[:, None]
-    output = jnp.where(is_lost[:, :, None, None], jnp.nan, output).astype(query.dtype)
+    output = mark_lost(output, cache.length, num_new, cache.max_length).astype(query.dtype)
     return (output, selection) if return_selection else output
 
 
