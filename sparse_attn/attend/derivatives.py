@@ -127,7 +127,7 @@ def decode(
       backend: which must not refuse the call.
       arrays: query `[batch, queries, heads, head_dim]`, key `[batch, kv_heads, blocks, block_size, head_dim]` and value
         `[batch, kv_heads, blocks, block_size, value_head_dim]`, of one dtype.
-      indices: int32 `[batch, heads, queries, top_k]`, blocks that hold keys the query sees, none twice in a list; -1 for
+      indices: int32 `[batch, heads, queries, top_k]`, blocks of keys that the query sees, none twice in a list; -1 for
         none.
       length: int32 `[batch]`, tokens of a row, the queries' own included. What lies behind them may be anything.
       num_new: int32 `[batch]`: query t stands at position length - num_new + t and sees the keys up to there; from
