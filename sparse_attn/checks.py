@@ -189,19 +189,6 @@ def check_attention(
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def check_cached_query(query: jax.Array, key: jax.Array) -> None:
-    """Queries against one cached token's keys `[batch, kv_heads, head_dim]`."""
-    check_arrays(query, {})
-    batch, kv_heads, head_dim = key.shape
-    if (query.shape[0], query.shape[3]) != (batch, head_dim) or query.shape[2] % kv_heads:
-        raise ValueError(
-            f"query must be [{batch}, tokens, heads, {head_dim}] with heads a multiple of the cache's {kv_heads}, got "
-            f"query.shape={query.shape}"
-        )
-    if query.dtype != key.dtype:
-        raise ValueError(f"query must have the cache's dtype {key.dtype}, got query.dtype={query.dtype}")
-
-
 def check_selection(selection: BlockSelection, query: jax.Array) -> jax.Array:
     """A choice for these queries; its indices as an array `[batch, heads, queries, top_k]`."""
     indices, shape = jnp.asarray(selection.indices), (query.shape[0], query.shape[2], query.shape[1])

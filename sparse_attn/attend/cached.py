@@ -39,8 +39,7 @@ def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.A
         largest = logits.max((1, 2), keepdims=True)
         weight = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
         total = weight.sum((1, 2))[:, None]
-        chosen = jnp.where(is_seen[..., None], take(value), 0)
-        output = jnp.einsum("rcm,rcmd->rd", weight.astype(value.dtype), chosen, preferred_element_type=accumulator)
+        output = jnp.einsum("rcm,rcmd->rd", weight.astype(value.dtype), take(value), preferred_element_type=accumulator)
         return output / jnp.where(total == 0, 1, total)
 
     output = jax.vmap(jax.vmap(attend_head))(*rows, key, value)  # [batch, kv_heads, rows, value_head_dim]
@@ -55,10 +54,7 @@ def attend_dense(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new:
     is_chosen = (indices[..., None] == jnp.arange(num_blocks)).any(-2).repeat(block_size, -1)
     place = jnp.arange(num_keys)
     mask = is_chosen & (place < _stop(length, num_new, query.shape[1])[:, None, :, None])
-    is_held = (place < length[:, None])[..., None, None]  # [batch, keys, 1, 1]
-    key, value = (
-        jnp.where(is_held, array.reshape(batch, kv_heads, num_keys, -1).swapaxes(1, 2), 0) for array in cached
-    )
+    key, value = (array.reshape(batch, kv_heads, num_keys, -1).swapaxes(1, 2) for array in cached)
     return reference.masked_attention(query, key, value, mask, scale=scale)[0]
 
 

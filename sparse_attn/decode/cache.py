@@ -1,15 +1,17 @@
 """What the three caches share: how long every row is, what it may still grow to, and raw keys for the convolution."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sparse_attn.checks import check_integers, check_not_negative, check_positive
+from sparse_attn.checks import check_arrays, check_integers, check_not_negative, check_positive
 from sparse_attn.keys import causal_key_convolution
+
+_Cache = TypeVar("_Cache", bound="Cache")
 
 
 @jax.tree_util.register_dataclass
@@ -18,6 +20,8 @@ class Cache:
     """The keys and values of one layer, a pytree that may be donated. How they lie is the matter of each kind.
 
     Attributes:
+      key: after the convolution, `[..., head_dim]`.
+      value: `[..., value_head_dim]`.
       length: int32 `[batch]`, tokens of each row.
       written: int32 `[batch]`, the largest length since the row was empty: a ring holds the last tokens before it.
       raw_key: `[batch, ring, kv_heads, head_dim]`, keys before the convolution; that of token p stands at p % ring, for
@@ -27,6 +31,10 @@ class Cache:
       max_draft: tokens that a ring can give back.
     """
 
+    key_axes: ClassVar[str] = "b.k"  # of key and value, as words, see `sparse_attn.sharding`
+
+    key: jax.Array
+    value: jax.Array
     length: jax.Array
     written: jax.Array
     raw_key: jax.Array
@@ -35,12 +43,14 @@ class Cache:
     max_draft: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def lookback(self) -> int:
-        """Earlier tokens that the next one needs of a ring; 0 if nothing is kept in rings."""
-        return max(self.key_conv_width - 1, 0)
+    def forgets(self) -> bool:
+        """Whether a part of it is a ring, in which new tokens overwrite old ones."""
+        return self.raw_key.shape[1] > 0
 
-
-_Cache = TypeVar("_Cache", bound=Cache)
+    def axes(self: _Cache) -> _Cache:
+        """The axes of the arrays as words."""
+        words: Any = jax.tree.map(lambda _: self.key_axes, self)
+        return dataclasses.replace(words, length="b", written="b", raw_key="b.k")
 
 
 def empty_rows(
@@ -49,13 +59,15 @@ def empty_rows(
     num_key_value_heads: int,
     head_dim: int,
     *,
+    value_head_dim: int | None,
     key_conv_width: int,
     max_draft: int,
     dtype: jax.typing.DTypeLike,
-) -> dict:
-    """The fields of `Cache` for rows without tokens, once the sizes are checked."""
+) -> dict[str, Any]:
+    """The fields of `Cache` but key and value, for rows without tokens, once the sizes are checked."""
     sizes = {"batch_size": batch_size, "max_length": max_length, "num_key_value_heads": num_key_value_heads}
-    for name, size in {**sizes, "head_dim": head_dim}.items():
+    sizes |= {"head_dim": head_dim, "value_head_dim": head_dim if value_head_dim is None else value_head_dim}
+    for name, size in sizes.items():
         check_positive(name, size)
     check_not_negative("key_conv_width", key_conv_width)
     check_not_negative("max_draft", max_draft)
@@ -72,8 +84,22 @@ def empty_rows(
     }
 
 
-def count_new(num_new: ArrayLike | None, batch_size: int, num_tokens: int) -> jax.Array:
-    """Real tokens of each row among those given, int32 `[batch]`; None: all. Clipped to what is given."""
+def check_query(query: jax.Array, key: jax.Array) -> None:
+    """Queries against one token of the cache's keys, `[batch, kv_heads, head_dim]`."""
+    check_arrays(query, {})
+    batch, kv_heads, head_dim = key.shape
+    if (query.shape[0], query.shape[3]) != (batch, head_dim) or query.shape[2] % kv_heads:
+        raise ValueError(
+            f"query must be [{batch}, tokens, heads, {head_dim}] with heads a multiple of the cache's {kv_heads}, got "
+            f"query.shape={query.shape}"
+        )
+    if query.dtype != key.dtype:
+        raise ValueError(f"query must have the cache's dtype {key.dtype}, got query.dtype={query.dtype}")
+
+
+def count_new(num_new: ArrayLike | None, query: jax.Array) -> jax.Array:
+    """Real tokens of each row among those of query (or key), int32 `[batch]`; None: all. Clipped to what is given."""
+    batch_size, num_tokens = query.shape[:2]
     array = check_integers("num_new", num_new, (batch_size,))
     if array is None:
         return jnp.full(batch_size, num_tokens, jnp.int32)
@@ -81,14 +107,13 @@ def count_new(num_new: ArrayLike | None, batch_size: int, num_tokens: int) -> ja
 
 
 def append(
-    cache: _Cache, key: jax.Array, value: jax.Array, key_conv_kernel: jax.Array | None, num_new: jax.Array
+    cache: _Cache, key: jax.Array, key_conv_kernel: jax.Array | None, num_new: jax.Array
 ) -> tuple[_Cache, jax.Array]:
     """Everything that all kinds do for new tokens, but for writing the keys and values.
 
     Args:
       cache: before the tokens.
       key: `[batch, tokens, kv_heads, head_dim]`, raw.
-      value: `[batch, tokens, kv_heads, value_head_dim]`.
       key_conv_kernel: `[width, kv_heads, head_dim]`, where the cache has a convolution.
       num_new: int32 `[batch]`.
 
@@ -96,23 +121,28 @@ def append(
       The cache with the lengths and the raw keys after the tokens, and the keys after the convolution, shaped like key.
     """
     length = cache.length + num_new
-    _check(length <= cache.max_length, f"a row holds at most max_length={cache.max_length} tokens", length)
     raw_key, new_key = cache.raw_key, key
     if key_conv_kernel is not None:
-        earlier = take_ring(raw_key, cache.length, cache.lookback)  # [batch, width - 1, kv_heads, head_dim]
-        new_key = causal_key_convolution(jnp.concatenate([earlier, key], axis=1), key_conv_kernel)[:, cache.lookback :]
+        lookback = cache.key_conv_width - 1
+        earlier = take_ring(raw_key, cache.length, lookback)  # [batch, lookback, kv_heads, head_dim]
+        new_key = causal_key_convolution(jnp.concatenate([earlier, key], axis=1), key_conv_kernel)[:, lookback:]
         raw_key = write_ring(raw_key, key, cache.length, num_new)
     written = jnp.maximum(cache.written, length)
     return dataclasses.replace(cache, length=length, written=written, raw_key=raw_key), new_key
 
 
-def check_new(
-    key: jax.Array, value: jax.Array, key_conv_kernel: jax.Array | None, cache: Cache, like: tuple[jax.Array, jax.Array]
-) -> None:
-    """New keys and values against one token of the cache's, `[batch, kv_heads, (value_)head_dim]` each."""
+def prepare_new(
+    cache: Cache,
+    key: jax.Array,
+    value: jax.Array,
+    key_conv_kernel: jax.Array | None,
+    num_new: ArrayLike | None,
+    like: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """Checks new tokens; `like` are one token's keys and values in the cache. Returns num_new as an array."""
     for name, array, slot in (("key", key, like[0]), ("value", value, like[1])):
         batch, *rest = slot.shape
-        if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != (batch, *rest) or array.shape[1] == 0:
+        if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != slot.shape or array.shape[1] == 0:
             shape = ", ".join(map(str, (batch, "tokens", *rest)))
             raise ValueError(f"{name} must be [{shape}] with tokens at least 1, got {name}.shape={array.shape}")
         if array.dtype != slot.dtype:
@@ -121,7 +151,11 @@ def check_new(
         raise ValueError(f"value must have as many tokens as key, {key.shape[1]}, got value.shape={value.shape}")
     width = 0 if key_conv_kernel is None else key_conv_kernel.shape[0]
     if width != cache.key_conv_width:
-        raise ValueError(f"key_conv_kernel must have the cache's key_conv_width={cache.key_conv_width}, got {width}")
+        raise ValueError(f"key_conv_kernel must have the cache's width {cache.key_conv_width}, got {width}")
+    counts = count_new(num_new, key)
+    length = cache.length + counts
+    _check(length <= cache.max_length, f"a row holds at most max_length={cache.max_length} tokens", length)
+    return counts
 
 
 def take_ring(ring: jax.Array, length: jax.Array, count: int) -> jax.Array:
@@ -148,9 +182,10 @@ def write_ring(ring: jax.Array, new: jax.Array, length: jax.Array, num_new: jax.
 def rollback(cache: _Cache, length: ArrayLike) -> _Cache:
     """Takes the last tokens of every row back: rows of `length` tokens again, as if the others had never come.
 
-    Nothing is computed; later tokens overwrite what is taken back. A MoBA or dense cache without a key convolution can
-    go back to any length. What lies in a ring (raw keys of a convolution, a window) has been overwritten there: a row
-    can go back by max_draft tokens from the greatest length that it has had, or to 0.
+    Nothing is computed; later tokens overwrite what is taken back, which must be finite, for until then attention
+    weighs it with 0. A MoBA or dense cache without a key convolution can go back to any length. In a ring (raw keys of
+    a convolution, a window) new tokens overwrite old ones: there a row can go back by max_draft tokens from the
+    greatest length that it has had, or to 0.
 
     Args:
       cache: of any kind.
@@ -168,7 +203,7 @@ def rollback(cache: _Cache, length: ArrayLike) -> _Cache:
     given = given.astype(jnp.int32)
     is_right = (given >= 0) & (given <= cache.length)
     _check(is_right, "length must lie between 0 and the cache's", given)
-    if cache.lookback:
+    if cache.forgets:
         is_kept = (given == 0) | (given >= cache.written - cache.max_draft)
         _check(is_kept, f"a row can go back by max_draft={cache.max_draft} tokens or to 0", given)
         is_right &= is_kept

@@ -24,11 +24,11 @@ from sparse_attn.attend import derivatives, route
 from sparse_attn.attend.backends import Implementation, resolve
 from sparse_attn.attend.choice import PerQuery
 from sparse_attn.attention import attend, once_each, raise_refusal
-from sparse_attn.checks import check_cached_query, check_positive, check_scale, check_selection
-from sparse_attn.decode.cache import Cache, append, check_new, count_new, empty_rows, mark_lost
+from sparse_attn.checks import check_positive, check_scale, check_selection
+from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_rows, mark_lost, prepare_new
 from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
-from sparse_attn.sharding import over_auto_axes
+from sparse_attn.sharding import over_auto_axes, over_explicit_axes
 
 _FEW_ROWS = 64  # queries times heads of a group; more of them share blocks enough to be sorted by block
 
@@ -45,8 +45,8 @@ class MoBACache(Cache):
         length // block_size blocks.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key_axes = "bk"
+
     mean: jax.Array
 
     @property
@@ -89,10 +89,17 @@ def init_moba_cache(
       ValueError: an argument has a wrong value.
     """
     check_positive("block_size", block_size)
-    options = {"key_conv_width": key_conv_width, "max_draft": max_draft, "dtype": dtype}
-    rows = empty_rows(batch_size, max_length, num_key_value_heads, head_dim, **options)
+    rows = empty_rows(
+        batch_size,
+        max_length,
+        num_key_value_heads,
+        head_dim,
+        value_head_dim=value_head_dim,
+        key_conv_width=key_conv_width,
+        max_draft=max_draft,
+        dtype=dtype,
+    )
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    check_positive("value_head_dim", value_head_dim)
     blocks = (batch_size, num_key_value_heads, -(-max_length // block_size))
     return MoBACache(
         key=jnp.zeros((*blocks, block_size, head_dim), dtype),
@@ -127,15 +134,21 @@ def extend_moba_cache(
       ValueError: an argument has a wrong shape, dtype or value; outside jit, a row would grow beyond max_length.
     """
     key, value = map(jnp.asarray, (key, value))
-    check_new(key, value, key_conv_kernel, cache, (cache.key[:, :, 0, 0], cache.value[:, :, 0, 0]))
-    num_new = count_new(num_new, *key.shape[:2])
-    extended, key = append(cache, key, value, key_conv_kernel, num_new)
-    position = cache.length[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)  # [batch, tokens]
-    is_stored = (position < extended.length[:, None]) & (position < cache.max_length)
-    position = jnp.where(is_stored, position, cache.num_blocks * cache.block_size)  # the latter are dropped
-    new_key, new_value = _write(cache.key, key, position), _write(cache.value, value, position)
-    mean = _complete(cache.mean, new_key, cache.length, extended.length, key.shape[1])
-    return dataclasses.replace(extended, key=new_key, value=new_value, mean=mean)
+    num_new = prepare_new(cache, key, value, key_conv_kernel, num_new, (cache.key[:, :, 0, 0], cache.value[:, :, 0, 0]))
+
+    def extend(
+        cache: MoBACache, key: jax.Array, value: jax.Array, kernel: jax.Array | None, num_new: jax.Array
+    ) -> MoBACache:
+        extended, key = append(cache, key, kernel, num_new)
+        position = cache.length[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)  # [batch, tokens]
+        is_stored = (position < extended.length[:, None]) & (position < cache.max_length)
+        position = jnp.where(is_stored, position, cache.num_blocks * cache.block_size)  # the latter are dropped
+        new_key, new_value = _write(cache.key, key, position), _write(cache.value, value, position)
+        mean = _complete(cache.mean, new_key, cache.length, extended.length, key.shape[1])
+        return dataclasses.replace(extended, key=new_key, value=new_value, mean=mean)
+
+    operands, axes = (cache, key, value, key_conv_kernel, num_new), (cache.axes(), "b.k", "b.k", ".k", "b")
+    return over_explicit_axes(extend, operands, axes, cache.axes())
 
 
 def _write(blocks: jax.Array, tokens: jax.Array, position: jax.Array) -> jax.Array:
@@ -229,41 +242,48 @@ def moba_cached_attention(
       NotImplementedError: as `moba_attention`.
     """
     query = jnp.asarray(query)
-    check_cached_query(query, cache.key[:, :, 0, 0])
+    check_query(query, cache.key[:, :, 0, 0])
     check_positive("top_k", top_k)
     check_scale(scale)
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    batch, num_queries, num_heads, _ = query.shape
-    num_new = count_new(num_new, batch, num_queries)
-    query = zero_padding(query, num_new)
-    start = cache.length - num_new  # [batch]
-    blocks = _geometry(cache, start, num_new, num_queries)
-    is_few = num_queries * num_heads // cache.key.shape[1] <= _FEW_ROWS
-    if selection is None:
-        choose = _choose_few if is_few else _choose_many
-        indices = choose(query, cache.mean, blocks, min(top_k, cache.num_blocks))
-        selection = BlockSelection(indices, cache.block_size, cache.num_blocks)
-    else:
-        check_selection(selection, query)
+    num_new = count_new(num_new, query)
+    given = None
+    if selection is not None:
+        given = check_selection(selection, query)
         if selection.block_size != cache.block_size:
             raise ValueError(f"selection.block_size must be the cache's {cache.block_size}, got {selection.block_size}")
-        indices = blocks.reachable(once_each(jnp.asarray(selection.indices), cache.num_blocks))
-    if is_few:
-        backend, arrays = resolve(implementation), (query, cache.key, cache.value)
-        raise_refusal(backend.refuses_decode(arrays))
-        output = derivatives.decode(backend, arrays, indices, cache.length, num_new, scale)
-    else:
-        key, value = (_in_rows(array) for array in (cache.key, cache.value))
-        output, _ = attend((query, key, value), PerQuery(indices, blocks), scale, implementation)
-    output = mark_lost(output, cache.length, num_new, cache.max_length).astype(query.dtype)
-    return (output, selection) if return_selection else output
+
+    def call(
+        query: jax.Array, cache: MoBACache, given: jax.Array | None, num_new: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        query = zero_padding(query, num_new)
+        blocks = _geometry(cache, num_new, query.shape[1])
+        is_few = query.shape[1] * query.shape[2] // cache.key.shape[1] <= _FEW_ROWS
+        if given is None:
+            choose = _choose_few if is_few else _choose_many
+            indices = choose(query, cache.mean, blocks, min(top_k, cache.num_blocks))
+        else:
+            indices = blocks.reachable(once_each(given, cache.num_blocks))
+        if is_few:
+            backend, arrays = resolve(implementation), (query, cache.key, cache.value)
+            raise_refusal(backend.refuses_decode(arrays))
+            output = derivatives.decode(backend, arrays, indices, cache.length, num_new, scale)
+        else:
+            arrays = query, _in_rows(cache.key), _in_rows(cache.value)
+            output, _ = attend(arrays, PerQuery(indices, blocks), scale, implementation)
+        return mark_lost(output, cache.length, num_new, cache.max_length).astype(query.dtype), indices
+
+    operands, axes = (query, cache, given, num_new), ("b.h", cache.axes(), "bh", "b")
+    output, indices = over_explicit_axes(call, operands, axes, ("b.h", "bh"))
+    choice = BlockSelection(indices, cache.block_size, cache.num_blocks) if selection is None else selection
+    return (output, choice) if return_selection else output
 
 
-def _geometry(cache: MoBACache, start: jax.Array, num_new: jax.Array, num_queries: int) -> Blocks:
-    """The blocks of the cached rows, for queries from position `start` `[batch]` on."""
+def _geometry(cache: MoBACache, num_new: jax.Array, num_queries: int) -> Blocks:
+    """The blocks of the cached rows, for the last num_new `[batch]` tokens as queries."""
     block_size = cache.block_size
     token = jnp.arange(num_queries, dtype=jnp.int32)  # [queries]
-    position = start[:, None] + token  # [batch, queries]
+    position = (cache.length - num_new)[:, None] + token  # [batch, queries]
     is_real = (token < num_new[:, None]) & (position < cache.max_length)
     stop = jnp.where(is_real, position + 1, 0)
     block_start = jnp.broadcast_to(jnp.arange(cache.num_blocks, dtype=jnp.int32) * block_size, cache.mean.shape[::2])
