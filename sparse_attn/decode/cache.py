@@ -1,7 +1,7 @@
 """What the three caches share: how long every row is, what it may still grow to, and raw keys for the convolution."""
 
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,15 @@ class Cache:
         """The axes of the arrays as words."""
         words: Any = jax.tree.map(lambda _: self.key_axes, self)
         return dataclasses.replace(words, length="b", written="b", raw_key="b.k")
+
+
+class CacheOptions(TypedDict, total=False):
+    """Arguments that the `init_..._cache` have in common; all have defaults."""
+
+    value_head_dim: int | None
+    key_conv_width: int
+    max_draft: int
+    dtype: jax.typing.DTypeLike
 
 
 def empty_rows(
