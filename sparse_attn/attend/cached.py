@@ -28,7 +28,7 @@ def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.A
     ) -> jax.Array:
         accumulator = jnp.promote_types(query.dtype, jnp.float32)
         block, block_size = jnp.maximum(indices, 0), key.shape[1]
-        place = block[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)  # [r, c, m]
+        place = block[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)[None, None]  # [r, c, m]
         is_seen = (indices >= 0)[..., None] & (place < stop[:, None, None])
 
         def take(array: jax.Array) -> jax.Array:  # [blocks, m, d] -> [r, c, m, d]
@@ -51,8 +51,8 @@ def attend_dense(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new:
     query, *cached = arrays
     batch, kv_heads, num_blocks, block_size, _ = cached[0].shape
     num_keys = num_blocks * block_size
-    is_chosen = (indices[..., None] == jnp.arange(num_blocks)).any(-2).repeat(block_size, -1)
-    place = jnp.arange(num_keys)
+    is_chosen = (indices[..., None] == jnp.arange(num_blocks).reshape(1, 1, 1, 1, -1)).any(-2).repeat(block_size, -1)
+    place = jnp.arange(num_keys)[None, None, None]
     mask = is_chosen & (place < _stop(length, num_new, query.shape[1])[:, None, :, None])
     key, value = (array.reshape(batch, kv_heads, num_keys, -1).swapaxes(1, 2) for array in cached)
     return reference.masked_attention(query, key, value, mask, scale=scale)[0]
@@ -60,5 +60,5 @@ def attend_dense(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new:
 
 def _stop(length: jax.Array, num_new: jax.Array, num_queries: int) -> jax.Array:
     """Keys that every query sees, int32 `[batch, queries]`, 0 for padding."""
-    token = jnp.arange(num_queries, dtype=jnp.int32)
+    token = jnp.arange(num_queries, dtype=jnp.int32)[None]
     return jnp.where(token < num_new[:, None], (length - num_new)[:, None] + token + 1, 0)
