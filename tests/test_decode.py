@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from unittest import mock
 
 import jax
@@ -167,3 +169,225 @@ def test_the_law(layer, data):
     expected = oracle.attention(query, key, value, seen(layer, query, key, indices))
     for row, stop in enumerate(length):
         cases.assert_close(output[row, :stop], expected[row, :stop], layer.dtype)
+
+
+SMALL = {"block_size": 4, "top_k": 2}
+
+
+def draw(heads=4, kv_heads=2, tokens=TOKENS, seed=0, batch=BATCH):
+    random = np.random.default_rng(seed)
+    shapes = ((batch, tokens, number, HEAD_DIM) for number in (heads, kv_heads, kv_heads))
+    return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def filled(key, value, max_length=TOKENS, **options):
+    """A cache of blocks of 4 with these tokens."""
+    batch, _, *heads = key.shape
+    cache = init_moba_cache(batch, max_length, *heads, block_size=4, dtype=key.dtype, **options)
+    return jax.jit(extend_moba_cache)(cache, key, value)
+
+
+@pytest.mark.parametrize(("last", "implementation"), [(3, None), (3, "reference"), (TOKENS, None)])
+def test_a_given_choice_is_attended(last, implementation):
+    """Even one with blocks of the future, beyond the cache, twice, or without the query's own."""
+    query, key, value = draw()
+    indices = np.random.default_rng(1).integers(-1, 12, (BATCH, 4, TOKENS, 3))
+    choice = BlockSelection(jnp.asarray(indices[:, :, -last:], jnp.int32), block_size=4, num_blocks=10)
+    attend = functools.partial(moba_cached_attention, top_k=2, selection=choice, implementation=implementation)
+    with mock.patch.object(moba, "_FEW_ROWS", 6):
+        output = jax.jit(attend)(query[:, -last:], filled(key, value))
+    expected = oracle.attention(query, key, value, oracle.attention_mask(indices, num_keys=TOKENS, block_size=4))
+    cases.assert_close(output, expected[:, -last:], "float32")
+
+
+def test_a_long_row_is_not_attended_densely():
+    query, key, value = draw()
+    output = jax.jit(functools.partial(moba_cached_attention, top_k=2))(query[:, -1:], filled(key, value))
+    everything = np.broadcast_to(np.tri(TOKENS, dtype=bool), (BATCH, 4, TOKENS, TOKENS))
+    dense = oracle.attention(query, key, value, everything)[:, -1:]
+    assert (np.abs(output - dense).max((1, 3)) > 1e-2).all()  # in every row and head
+
+
+def test_a_packed_prompt_goes_on_with_a_row_for_each_segment():
+    lengths = np.array([9, 14, 5])  # of prompts, packed into one row; each goes on to 16 tokens
+    arrays = draw(tokens=16, batch=3)
+    packed = [np.concatenate([array[row, :n] for row, n in enumerate(lengths)])[None] for array in arrays]
+    ids = np.repeat(np.arange(3), lengths)[None]
+    prompt = jax.jit(functools.partial(moba_attention, is_causal=True, segment_ids=ids, **SMALL))(*packed)[0]
+    expected = np.asarray(jax.jit(functools.partial(moba_attention, is_causal=True, **SMALL))(*arrays))
+    cases.assert_close(prompt, np.concatenate([expected[row, :n] for row, n in enumerate(lengths)]), "float32")
+    attention = MoBA(**SMALL)
+    step = jax.jit(lambda cache, num_new, *arrays: attention.attend_cached(*arrays, cache, num_new=num_new))
+    _, cache = step(attention.init_cache(3, 16, 2, HEAD_DIM), lengths, *arrays)  # what follows a prompt is not taken
+    rest = [np.stack([np.roll(array[row], -n, 0) for row, n in enumerate(lengths)]) for array in arrays]
+    output, _ = step(cache, 16 - lengths, *rest)
+    for row, n in enumerate(lengths):
+        cases.assert_close(output[row, : 16 - n], expected[row, n:], "float32")
+
+
+def test_overflow_is_an_error_where_lengths_are_known():
+    query, key, value = draw(tokens=10)
+    cache = filled(key[:, :9], value[:, :9], max_length=10)
+    with pytest.raises(ValueError, match="max_length=10"):
+        extend_moba_cache(cache, key[:, :2], value[:, :2])
+    extend_moba_cache(cache, key[:, :2], value[:, :2], num_new=[1, 0])
+    with pytest.raises(ValueError, match="length must lie between"):
+        rollback(cache, [9, 10])
+    with pytest.raises(ValueError, match="length must lie between"):
+        rollback(cache, [-1, 9])
+    for attention, options in ((SlidingWindow(window_size=4), {}), (Dense(), {"key_conv_width": 3})):
+        cache = attention.init_cache(BATCH, 10, 2, HEAD_DIM, max_draft=1, **options)
+        kernel = np.ones((3, 2, HEAD_DIM), np.float32) if options else None
+        fill = jax.jit(functools.partial(attention.attend_cached, key_conv_kernel=kernel))
+        _, cache = fill(query, key, value, cache)
+        with pytest.raises(ValueError, match="max_length=10"):
+            attention.attend_cached(query[:, :1], key[:, :1], value[:, :1], cache, key_conv_kernel=kernel)
+        with pytest.raises(ValueError, match="max_draft=1"):
+            rollback(cache, [9, 8])
+        assert rollback(cache, [9, 0]).written.tolist() == [10, 0]
+
+
+@pytest.mark.parametrize(
+    "attention", [MoBA(**SMALL), SlidingWindow(window_size=3), Dense()], ids=lambda a: type(a).__name__
+)
+def test_overflow_in_jit_spoils_nothing_and_is_seen(attention):
+    query, key, value = draw(tokens=12)
+    start = attention.init_cache(BATCH, 10, 2, HEAD_DIM)
+
+    @jax.jit
+    def attend(cache, num_new, *arrays):
+        return attention.attend_cached(*arrays, cache, num_new=num_new)
+
+    output, cache = attend(start, np.array([12, 10]), query, key, value)
+    expected, fitting = attend(start, np.array([10, 10]), query, key, value)
+    np.testing.assert_array_equal(np.isnan(output).any((2, 3)), [[False] * 10 + [True] * 2, [False] * 12])
+    np.testing.assert_array_equal(output[:, :10], expected[:, :10])
+    assert cache.length.tolist() == [12, 10]
+    if not isinstance(attention, SlidingWindow):  # whose ring has no room that could be wrong
+        np.testing.assert_array_equal(cache.key, fitting.key)
+        np.testing.assert_array_equal(cache.value, fitting.value)
+    again, _ = attend(cache, np.array([1, 0]), query, key, value)
+    assert np.isnan(again[0, 0]).all()
+    lost = jax.jit(rollback)(fitting, np.array([10, 11]))
+    assert lost.length.tolist() == [10, 11]
+    assert np.isnan(attend(lost, np.array([0, 1]), query, key, value)[0][1, 0]).all()
+
+    checked = jax.jit(checkify.checkify(attend, errors=checkify.nan_checks))
+    assert "nan" in checked(start, jnp.array([12, 10]), query, key, value)[0].get()
+    assert checked(start, jnp.array([10, 9]), query, key, value)[0].get() is None
+
+
+def test_one_compilation_serves_all_lengths():
+    query, key, value = draw()
+    attention, count = MoBA(**SMALL), 0
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(cache, *arrays):
+        nonlocal count
+        count += 1
+        return attention.attend_cached(*arrays, cache)[::-1]
+
+    cache = attention.init_cache(BATCH, TOKENS, 2, HEAD_DIM)
+    for token in range(TOKENS):
+        cache, output = step(cache, *(array[:, token : token + 1] for array in (query, key, value)))
+    assert count == step._cache_size() == 1
+    expected = oracle.moba(query, key, value, **SMALL)
+    cases.assert_close(output, expected[:, -1:], "float32")
+
+
+@pytest.mark.parametrize("tokens", [1, 128])
+@pytest.mark.parametrize("width", [0, 3])
+def test_a_donated_cache_is_not_copied(tokens, width):
+    attention = MoBA(block_size=16, top_k=4)
+    cache = jax.eval_shape(lambda: attention.init_cache(2, 16384, 2, 24, key_conv_width=width))
+    shapes = [jax.ShapeDtypeStruct((2, tokens, heads, 24), jnp.float32) for heads in (2, 2, 2)]
+    kernel = jax.ShapeDtypeStruct((width, 2, 24), jnp.float32) if width else None
+
+    def step(cache, kernel, *arrays):
+        return attention.attend_cached(*arrays, cache, key_conv_kernel=kernel)
+
+    program = jax.jit(step, donate_argnums=0).lower(cache, kernel, *shapes).compile()
+    memory = program.memory_analysis()
+    # A quarter of the means for a step, a third of the keys for a chunk.
+    assert memory.temp_size_in_bytes < (cache.mean.size if tokens == 1 else 4 * cache.key.size / 3)
+    assert memory.alias_size_in_bytes > 2 * 4 * cache.key.size
+    elements = {cache.key.size, cache.mean.size}
+    for shape, operation in re.findall(r"= \w+\[([\d,]+)\]\S* (\w[\w-]*)\(", program.as_text()):
+        if operation in ("copy", "pad", "transpose", "concatenate", "gather", "select"):
+            assert math.prod(map(int, shape.split(","))) not in elements, (operation, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("key", {"key": np.zeros((2, 3, 4, 4), np.float32)}),
+        ("key", {"key": np.zeros((2, 3, 2, 4), np.float16)}),
+        ("key", {"key": np.zeros((2, 0, 2, 4), np.float32)}),
+        ("value", {"value": np.zeros((2, 3, 2, 5), np.float32)}),
+        ("value", {"value": np.zeros((2, 4, 2, 4), np.float32)}),
+        ("query", {"query": np.zeros((2, 3, 3, 4), np.float32)}),
+        ("query", {"query": np.zeros((1, 3, 4, 4), np.float32)}),
+        ("query", {"query": np.zeros((2, 3, 4, 4), np.float16)}),
+        ("num_new", {"num_new": [1]}),
+        ("num_new", {"num_new": [1.0, 2.0]}),
+        ("key_conv_kernel", {"key_conv_kernel": np.zeros((3, 2, 4), np.float32)}),
+    ],
+)
+def test_bad_arguments_are_named_S10(name, change):
+    query, key, value = draw(tokens=3)
+    arguments = {"query": query, "key": key, "value": value} | change
+    for attention in (MoBA(**SMALL), SlidingWindow(window_size=4), Dense()):
+        with pytest.raises(ValueError, match=name):
+            attention.attend_cached(**arguments, cache=attention.init_cache(2, 20, 2, 4))
+
+
+def test_bad_sizes_are_named_S10():
+    sizes = {"batch_size": 1, "max_length": 8, "num_key_value_heads": 1, "head_dim": 4}
+    bad = {name: 0 for name in sizes} | {"value_head_dim": 0, "key_conv_width": -1, "max_draft": -1, "dtype": "int32"}
+    for attention in (MoBA(**SMALL), SlidingWindow(window_size=4), Dense()):
+        for name, wrong in bad.items():
+            with pytest.raises(ValueError, match=name):
+                attention.init_cache(**(sizes | {name: wrong}))
+    for attention in (MoBA(**SMALL, is_causal=False), Dense(is_causal=False)):
+        with pytest.raises(ValueError, match="is_causal"):
+            attention.init_cache(1, 8, 1, 4)
+    query, key, value = draw()
+    cache = filled(key, value)
+    choice = BlockSelection(jnp.zeros((BATCH, 4, 1, 1), jnp.int32), block_size=8, num_blocks=5)
+    for name, options in (
+        ("top_k", {"top_k": 0}), ("scale", {"top_k": 1, "scale": np.inf}),
+        ("selection.block_size", {"top_k": 1, "selection": choice}),
+        ("selection.indices", {"top_k": 1, "selection": dataclasses.replace(choice, indices=choice.indices[:1])}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            moba_cached_attention(query[:, :1], cache, **options)
+    with pytest.raises(ValueError, match="block_size=2"):
+        MoBA(block_size=2, top_k=1).attend_cached(query[:, :1], key[:, :1], value[:, :1], cache)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        query, key, value = (array.astype(np.float64) for array in draw())
+        cache = filled(key, value)
+        assert {cache.key.dtype, cache.mean.dtype} == {np.dtype("float64")}
+        output = jax.jit(functools.partial(moba_cached_attention, top_k=2))(query[:, -STEP:], cache)
+        expected = oracle.moba(query, key, value, **SMALL)
+        cases.assert_close(output, expected[:, -STEP:], "float64")
+
+
+def test_values_of_another_head_dim():
+    query, key, _ = draw()
+    value = np.random.default_rng(3).standard_normal((BATCH, TOKENS, 2, 6)).astype(np.float32)
+    for attention, mask in (
+        (MoBA(**SMALL), None),
+        (SlidingWindow(window_size=6), np.tri(TOKENS, dtype=bool) & ~np.tri(TOKENS, k=-6, dtype=bool)),
+    ):
+        cache = attention.init_cache(BATCH, TOKENS, 2, HEAD_DIM, value_head_dim=6)
+        attend = jax.jit(lambda cache, *arrays, attention=attention: attention.attend_cached(*arrays, cache))
+        output, cache = attend(cache, *(array[:, :-1] for array in (query, key, value)))
+        last, _ = attend(cache, *(array[:, -1:] for array in (query, key, value)))
+        if mask is None:
+            expected = oracle.moba(query, key, value, **SMALL)
+        else:
+            expected = oracle.attention(query, key, value, np.broadcast_to(mask, (BATCH, 4, TOKENS, TOKENS)))
+        cases.assert_close(np.concatenate([output, last], 1), expected, "float32")

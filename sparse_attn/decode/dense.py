@@ -1,6 +1,6 @@
 """Causal dense attention with a cache: the ceiling that sparse decoding is compared with, and what models mix it with.
 
-The law is that of `decode.moba`, with `jax.nn.dot_product_attention` over the whole row. A step reads all L tokens.
+The law is that of `decode.moba`, with softmax attention over the whole row. A step reads all max_length tokens.
 """
 
 import dataclasses
@@ -126,6 +126,14 @@ def attend_seen(
     Args:
       is_seen: bool `[batch, tokens, keys]`.
     """
-    scale = None if scale is None else float(scale)
-    output = jax.nn.dot_product_attention(query, cache.key, cache.value, mask=is_seen[:, None], scale=scale)
-    return mark_lost(zero_padding(output, num_new), cache.length, num_new, cache.max_length)
+    batch, num_queries, num_heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    accurate = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, num_queries, cache.key.shape[2], -1, head_dim)
+    # Axes: b batch, t queries, s keys, k key/value heads, g query heads of one, d head_dim.
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, cache.key, preferred_element_type=accurate) * scale
+    logits = jnp.where(is_seen[:, None, None], logits, jnp.finfo(accurate).min)
+    weights = jax.nn.softmax(logits).astype(cache.value.dtype)
+    output = jnp.einsum("bkgts,bskd->btkgd", weights, cache.value, preferred_element_type=accurate)
+    output = zero_padding(output.reshape(batch, num_queries, num_heads, -1), num_new)
+    return mark_lost(output, cache.length, num_new, cache.max_length).astype(query.dtype)
