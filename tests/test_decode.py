@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from sparse_attn import BlockSelection, moba_attention
+from sparse_attn.attend.backends import Xla
 from sparse_attn.decode import extend_moba_cache, init_moba_cache, moba, moba_cached_attention, rollback
 from sparse_attn.dense import Dense
 from sparse_attn.systems.flash_moba import FlashMoBA
@@ -68,12 +69,14 @@ def convolve(key, kernel):
 def call(cache, arrays, kernel, num_new, *, layer):
     """One call of the attention; short ones gather blocks, long ones sort them."""
     attention, options = layer.attention, {"key_conv_kernel": kernel, "num_new": num_new}
-    with mock.patch.object(moba, "_FEW_ROWS", STEP * layer.heads // layer.kv_heads):
+    rows = STEP * layer.heads // layer.kv_heads
+    with mock.patch.object(moba, "_TABLE_ROWS", rows):
         if not isinstance(attention, MoBA):
             return *attention.attend_cached(*arrays, cache, **options), None
         query, key, value = arrays
         cache = extend_moba_cache(cache, key, value, **options)
-        sizes = {"top_k": attention.top_k, "num_new": num_new, "implementation": attention.implementation}
+        backend = attention.implementation or Xla(cached_rows=rows)
+        sizes = {"top_k": attention.top_k, "num_new": num_new, "implementation": backend}
         output, choice = moba_cached_attention(query, cache, **sizes, return_selection=True)
         return output, cache, choice.indices
 
@@ -187,15 +190,14 @@ def filled(key, value, max_length=TOKENS, **options):
     return jax.jit(extend_moba_cache)(cache, key, value)
 
 
-@pytest.mark.parametrize(("last", "implementation"), [(3, None), (3, "reference"), (TOKENS, None)])
+@pytest.mark.parametrize(("last", "implementation"), [(3, Xla()), (3, "reference"), (TOKENS, Xla())])
 def test_a_given_choice_is_attended(last, implementation):
     """Even one with blocks of the future, beyond the cache, twice, or without the query's own."""
     query, key, value = draw()
     indices = np.random.default_rng(1).integers(-1, 12, (BATCH, 4, TOKENS, 3))
     choice = BlockSelection(jnp.asarray(indices[:, :, -last:], jnp.int32), block_size=4, num_blocks=10)
     attend = functools.partial(moba_cached_attention, top_k=2, selection=choice, implementation=implementation)
-    with mock.patch.object(moba, "_FEW_ROWS", 6):
-        output = jax.jit(attend)(query[:, -last:], filled(key, value))
+    output = jax.jit(attend)(query[:, -last:], filled(key, value))
     expected = oracle.attention(query, key, value, oracle.attention_mask(indices, num_keys=TOKENS, block_size=4))
     cases.assert_close(output, expected[:, -last:], "float32")
 

@@ -1,18 +1,24 @@
-"""Attention of a few queries to the chosen blocks of a cache: gathered, or by dense masks.
+"""Attention of new tokens to the chosen blocks of a cache: gathered if they are few, else as in any other call.
 
-Arguments and results are those of `derivatives.decode`. Names of einsum axes: r rows (query, head of the group), c
-chosen blocks, m keys of a block, d head_dim.
+Arguments are those of `derivatives.decode`. Names of einsum axes: r rows (query, head of the group), c chosen blocks, m
+keys of a block, d head_dim.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import Arrays
-from sparse_attn import reference
+from pallas_kernels.blocks import Arrays, Blocks
+from sparse_attn.attend.choice import PerQuery
+
+
+def num_rows(arrays: Arrays) -> int:
+    """Queries times heads of a group: how many lists of blocks there are for each key/value head."""
+    query, key, _ = arrays
+    return query.shape[1] * query.shape[2] // key.shape[1]
 
 
 def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float) -> jax.Array:
-    """Reads the chosen blocks alone. Returns float32 (float64 for float64)."""
+    """Reads the chosen blocks alone, those of each row for itself. Returns float32 (float64 for float64)."""
     query, key, value = arrays
     batch, num_queries, num_heads, _ = query.shape
     kv_heads = key.shape[1]
@@ -34,6 +40,7 @@ def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.A
         def take(array: jax.Array) -> jax.Array:  # [blocks, m, d] -> [r, c, m, d]
             return array.at[block].get(mode="promise_in_bounds")
 
+        # The keys come first, for XLA would transpose them otherwise.
         logits = scale * jnp.einsum("rcmd,rd->rcm", take(key), query, preferred_element_type=accumulator)
         logits = jnp.where(is_seen, logits, -jnp.inf)
         largest = logits.max((1, 2), keepdims=True)
@@ -46,16 +53,36 @@ def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.A
     return output.reshape(batch, num_heads, num_queries, -1).swapaxes(1, 2)
 
 
-def attend_dense(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float) -> jax.Array:
-    """The same by `reference.masked_attention`."""
-    query, *cached = arrays
-    batch, kv_heads, num_blocks, block_size, _ = cached[0].shape
-    num_keys = num_blocks * block_size
-    is_chosen = (indices[..., None] == jnp.arange(num_blocks).reshape(1, 1, 1, 1, -1)).any(-2).repeat(block_size, -1)
-    place = jnp.arange(num_keys)[None, None, None]
-    mask = is_chosen & (place < _stop(length, num_new, query.shape[1])[:, None, :, None])
-    key, value = (array.reshape(batch, kv_heads, num_keys, -1).swapaxes(1, 2) for array in cached)
-    return reference.masked_attention(query, key, value, mask, scale=scale)[0]
+def in_rows(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array) -> tuple[Arrays, PerQuery]:
+    """The same call with the cache as `[batch, keys, kv_heads, head_dim]`, as backends take keys elsewhere."""
+    query, key, value = arrays
+    num_blocks, block_size = key.shape[2:4]
+    blocks = geometry(length, num_new, query.shape[1], num_blocks, block_size)
+
+    def join(array: jax.Array) -> jax.Array:
+        return array.reshape(*array.shape[:2], -1, array.shape[4]).swapaxes(1, 2)
+
+    return (query, join(key), join(value)), PerQuery(indices, blocks)
+
+
+def geometry(length: jax.Array, num_new: jax.Array, num_queries: int, num_blocks: int, block_size: int) -> Blocks:
+    """The blocks of cached rows of `length` `[batch]` tokens, whose last num_new `[batch]` ones are the queries."""
+    stop = _stop(length, num_new, num_queries)
+    stop = jnp.where(stop <= num_blocks * block_size, stop, 0)
+    block_start = jnp.arange(num_blocks, dtype=jnp.int32)[None] * block_size
+    block_length = jnp.clip(length[:, None] - block_start, 0, block_size)  # [batch, blocks]
+    return Blocks(
+        start=jnp.zeros_like(stop),
+        stop=stop,
+        position=None,
+        block_start=jnp.broadcast_to(block_start, block_length.shape),
+        block_length=block_length,
+        first_block=jnp.zeros_like(stop),
+        last_block=(stop - 1) // block_size,
+        block_size=block_size,
+        num_keys=num_blocks * block_size,
+        is_packed=False,
+    )
 
 
 def _stop(length: jax.Array, num_new: jax.Array, num_queries: int) -> jax.Array:

@@ -67,13 +67,13 @@ class Backend(Protocol):
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
         """Gradients of query, key and value, given those of the results."""
 
-    def refuses_decode(self, arrays: Arrays) -> str | None:
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
         """Why it cannot `decode`, in words; None if it can."""
 
     def decode(
         self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
     ) -> jax.Array:
-        """Attention of a few queries to the chosen blocks of a cache; the arrays are those of `decode` below."""
+        """Attention of new tokens to the chosen blocks of a cache; the arrays are those of `decode` below."""
 
 
 def output_gradient(arrays: Arrays, results: Results, cotangents: Results) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +121,7 @@ def route(
 def decode(
     backend: Backend, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
 ) -> jax.Array:
-    """Attention of a few queries to the chosen blocks of a cache, without a gradient.
+    """Attention of new tokens, few or many, to the chosen blocks of a cache, without a gradient.
 
     Args:
       backend: which must not refuse the call.

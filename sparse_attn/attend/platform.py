@@ -79,8 +79,8 @@ class ByPlatform:
         query, key, value = _call(self, "backward", (arrays, choice, results, cotangents), (scale,), arrays)
         return query, key, value
 
-    def refuses_decode(self, arrays: Arrays) -> str | None:
-        return self._all_refuse(lambda backend: backend.refuses_decode(arrays))
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
+        return self._all_refuse(lambda backend: backend.refuses_decode(arrays, indices))
 
     def decode(
         self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
@@ -117,7 +117,7 @@ def _run(
         if method == "route":
             reason = candidate.refuses_route(operands[0], options[0])
         elif method == "decode":
-            reason = candidate.refuses_decode(operands[0])
+            reason = candidate.refuses_decode(*operands[:2])
         else:
             reason = candidate.refuses(*operands[:2])
         if reason is None:

@@ -20,17 +20,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels.blocks import Blocks
-from sparse_attn.attend import derivatives, route
+from sparse_attn.attend import cached, derivatives, route
 from sparse_attn.attend.backends import Implementation, resolve
-from sparse_attn.attend.choice import PerQuery
-from sparse_attn.attention import attend, once_each, raise_refusal
+from sparse_attn.attention import once_each, raise_refusal
 from sparse_attn.checks import check_positive, check_scale, check_selection
 from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_rows, mark_lost, prepare_new
 from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import over_auto_axes, over_explicit_axes
 
-_FEW_ROWS = 64  # queries times heads of a group; more of them share blocks enough to be sorted by block
+_TABLE_ROWS = 64  # queries times heads of a group whose scores may all stand in one table
 
 
 @jax.tree_util.register_dataclass
@@ -218,8 +217,8 @@ def moba_cached_attention(
 ) -> jax.Array | tuple[jax.Array, BlockSelection]:
     """MoBA attention of the last tokens of every row, those that `extend_moba_cache` has just added, to the whole row.
 
-    Few queries read the means and their chosen blocks alone; many are sorted by block, as in `moba_attention`. The
-    shape decides.
+    Few queries read the means and their chosen blocks alone; many are sorted by block, as in `moba_attention`. Shapes
+    decide, and the backend (`cached_rows` of `sparse_attn.attend.backends.Xla`).
 
     Args:
       query: `[batch, tokens, heads, head_dim]`, of the cache's dtype; heads is a multiple of kv_heads. Query t of a row
@@ -257,20 +256,14 @@ def moba_cached_attention(
         query: jax.Array, cache: MoBACache, given: jax.Array | None, num_new: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         query = zero_padding(query, num_new)
-        blocks = _geometry(cache, num_new, query.shape[1])
-        is_few = query.shape[1] * query.shape[2] // cache.key.shape[1] <= _FEW_ROWS
+        blocks = cached.geometry(cache.length, num_new, query.shape[1], cache.num_blocks, cache.block_size)
         if given is None:
-            choose = _choose_few if is_few else _choose_many
-            indices = choose(query, cache.mean, blocks, min(top_k, cache.num_blocks))
+            indices = _choose(query, cache.mean, blocks, min(top_k, cache.num_blocks))
         else:
             indices = blocks.reachable(once_each(given, cache.num_blocks))
-        if is_few:
-            backend, arrays = resolve(implementation), (query, cache.key, cache.value)
-            raise_refusal(backend.refuses_decode(arrays))
-            output = derivatives.decode(backend, arrays, indices, cache.length, num_new, scale)
-        else:
-            arrays = query, _in_rows(cache.key), _in_rows(cache.value)
-            output, _ = attend(arrays, PerQuery(indices, blocks), scale, implementation)
+        backend, arrays = resolve(implementation), (query, cache.key, cache.value)
+        raise_refusal(backend.refuses_decode(arrays, indices))
+        output = derivatives.decode(backend, arrays, indices, cache.length, num_new, scale)
         return mark_lost(output, cache.length, num_new, cache.max_length).astype(query.dtype), indices
 
     operands, axes = (query, cache, given, num_new), ("b.h", cache.axes(), "bh", "b")
@@ -279,53 +272,22 @@ def moba_cached_attention(
     return (output, choice) if return_selection else output
 
 
-def _geometry(cache: MoBACache, num_new: jax.Array, num_queries: int) -> Blocks:
-    """The blocks of the cached rows, for the last num_new `[batch]` tokens as queries."""
-    block_size = cache.block_size
-    token = jnp.arange(num_queries, dtype=jnp.int32)  # [queries]
-    position = (cache.length - num_new)[:, None] + token  # [batch, queries]
-    is_real = (token < num_new[:, None]) & (position < cache.max_length)
-    stop = jnp.where(is_real, position + 1, 0)
-    block_start = jnp.broadcast_to(jnp.arange(cache.num_blocks, dtype=jnp.int32) * block_size, cache.mean.shape[::2])
-    return Blocks(
-        start=jnp.zeros_like(stop),
-        stop=stop,
-        position=None,
-        block_start=block_start,
-        block_length=jnp.clip(cache.length[:, None] - block_start, 0, block_size),
-        first_block=jnp.zeros_like(stop),
-        last_block=(stop - 1) // block_size,
-        block_size=block_size,
-        num_keys=cache.num_blocks * block_size,
-        is_packed=False,
-    )
-
-
-def _choose_few(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
-    """As `reference.route`, from the means `[batch, kv_heads, blocks, head_dim]`: all scores in one table."""
+def _choose(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
+    """As `reference.route`, causal, from the means `[batch, kv_heads, blocks, head_dim]`."""
     batch, num_queries, num_heads, head_dim = query.shape
-    query = query.reshape(batch, num_queries, mean.shape[1], -1, head_dim).astype(mean.dtype)
+    group = num_heads // mean.shape[1]
+    if num_queries * group > _TABLE_ROWS:
+
+        def choose(query: jax.Array, mean: jax.Array, blocks: Blocks) -> jax.Array:
+            return route.by_means(query, mean, blocks, top_k, True, route.Sizes())
+
+        return over_auto_axes(choose, (query, mean, blocks), ("b.h", "bk", blocks.axes()), "bh", group=group)
+    query = query.reshape(batch, num_queries, -1, group, head_dim).astype(mean.dtype)
     # Axes: b batch, t queries, k key/value heads, g query heads of one, n blocks, d head_dim.
     scores = jnp.einsum("btkgd,bknd->bkgtn", query, mean, precision="highest")
     scores = scores.reshape(batch, num_heads, num_queries, -1)
-    block, own = jnp.arange(mean.shape[2]), blocks.last_block[:, None, :, None]  # [batch, 1, queries, 1]
+    block, own = jnp.arange(mean.shape[2]), blocks.last_block[:, None, :, None]  # [blocks], [batch, 1, queries, 1]
     scores = jnp.where(scores == 0, 0, scores)  # top_k would put 0 above -0
     scores = jnp.where(block < own, scores, jnp.where(block == own, jnp.inf, -jnp.inf))
     best, indices = jax.lax.top_k(scores, top_k)  # stable: the lower index wins a tie
     return jnp.where(best == -jnp.inf, -1, indices)
-
-
-def _choose_many(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
-    """The same, without the table."""
-
-    def choose(query: jax.Array, mean: jax.Array, blocks: Blocks) -> jax.Array:
-        return route.by_means(query, mean, blocks, top_k, True, route.Sizes())
-
-    operands, axes = (query, mean, blocks), ("b.h", "bk", blocks.axes())
-    return over_auto_axes(choose, operands, axes, "bh", group=query.shape[2] // mean.shape[1])
-
-
-def _in_rows(array: jax.Array) -> jax.Array:
-    """`[batch, kv_heads, blocks, block_size, x]` as `[batch, keys, kv_heads, x]`."""
-    batch, kv_heads, *_, size = array.shape
-    return array.reshape(batch, kv_heads, -1, size).swapaxes(1, 2)
