@@ -13,6 +13,7 @@ against L (head_dim + value_head_dim) itemsize of dense attention. Decoding need
 """
 
 import dataclasses
+import functools
 from typing import Literal, overload
 
 import jax
@@ -172,8 +173,11 @@ def _complete(mean: jax.Array, key: jax.Array, start: jax.Array, stop: jax.Array
         keys = key.at[block].get(mode="clip").astype(mean.dtype)  # [ended, block_size, head_dim]
         return mean.at[block].set(keys.sum(1) / block_size, mode="drop", unique_indices=True)
 
-    complete = jax.vmap(jax.vmap(complete_head, (0, 0, None)))
-    return jax.lax.cond((block < num_blocks).any(), complete, lambda mean, key, block: mean, mean, key, block)
+    def complete(mean: jax.Array, key: jax.Array, block: jax.Array) -> jax.Array:
+        complete = jax.vmap(jax.vmap(complete_head, (0, 0, None)))
+        return jax.lax.cond((block < num_blocks).any(), complete, lambda mean, key, block: mean, mean, key, block)
+
+    return over_auto_axes(complete, (mean, key, block), ("bk", "bk", "b"), "bk", group=1)
 
 
 @overload
@@ -274,15 +278,19 @@ def moba_cached_attention(
 
 def _choose(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
     """As `reference.route`, causal, from the means `[batch, kv_heads, blocks, head_dim]`."""
+    group = query.shape[2] // mean.shape[1]
+    choose = _choose_from_table if query.shape[1] * group <= _TABLE_ROWS else _choose_by_steps
+    operands, axes = (query, mean, blocks), ("b.h", "bk", blocks.axes())
+    return over_auto_axes(functools.partial(choose, top_k=top_k), operands, axes, "bh", group=group)
+
+
+def _choose_by_steps(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
+    return route.by_means(query, mean, blocks, top_k, True, route.Sizes())
+
+
+def _choose_from_table(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> jax.Array:
     batch, num_queries, num_heads, head_dim = query.shape
-    group = num_heads // mean.shape[1]
-    if num_queries * group > _TABLE_ROWS:
-
-        def choose(query: jax.Array, mean: jax.Array, blocks: Blocks) -> jax.Array:
-            return route.by_means(query, mean, blocks, top_k, True, route.Sizes())
-
-        return over_auto_axes(choose, (query, mean, blocks), ("b.h", "bk", blocks.axes()), "bh", group=group)
-    query = query.reshape(batch, num_queries, -1, group, head_dim).astype(mean.dtype)
+    query = query.reshape(batch, num_queries, mean.shape[1], -1, head_dim).astype(mean.dtype)
     # Axes: b batch, t queries, k key/value heads, g query heads of one, n blocks, d head_dim.
     scores = jnp.einsum("btkgd,bknd->bkgtn", query, mean, precision="highest")
     scores = scores.reshape(batch, num_heads, num_queries, -1)
