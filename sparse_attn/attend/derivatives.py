@@ -121,7 +121,7 @@ def route(
 def decode(
     backend: Backend, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
 ) -> jax.Array:
-    """Attention of new tokens, few or many, to the chosen blocks of a cache, without a gradient.
+    """Attention of new tokens, few or many, to the chosen blocks of a cache. Not differentiable.
 
     Args:
       backend: which must not refuse the call.
@@ -137,7 +137,7 @@ def decode(
     Returns:
       Array `[batch, queries, heads, value_head_dim]`, of query's dtype or float32 (`Backend.rounds_output`).
     """
-    operands = vary_alike(jax.lax.stop_gradient((arrays, indices, length, num_new)))
+    operands = vary_alike((arrays, indices, length, num_new))
     call = functools.partial(backend.decode, scale=scale)
     if backend.has_effects:
         return call(*operands)

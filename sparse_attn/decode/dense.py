@@ -68,7 +68,7 @@ def extend_dense_cache(
     num_new = prepare_new(cache, key, value, key_conv_kernel, num_new, (cache.key[:, 0], cache.value[:, 0]))
 
     def extend(
-        cache: DenseCache, key: jax.Array, value: jax.Array, kernel: jax.Array | None, num_new: jax.Array
+        key: jax.Array, value: jax.Array, cache: DenseCache, kernel: jax.Array | None, num_new: jax.Array
     ) -> DenseCache:
         extended, key = append(cache, key, kernel, num_new)
         position = cache.length[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)  # [batch, tokens]
@@ -82,7 +82,7 @@ def extend_dense_cache(
         )
         return dataclasses.replace(extended, key=new_key, value=new_value)
 
-    operands, axes = (cache, key, value, key_conv_kernel, num_new), (cache.axes(), "b.k", "b.k", ".k", "b")
+    operands, axes = (key, value, cache, key_conv_kernel, num_new), ("b.k", "b.k", cache.axes(), ".k", "b")
     return over_explicit_axes(extend, operands, axes, cache.axes())
 
 

@@ -9,7 +9,7 @@ A step must read, for each row and key/value head with g query heads, of the L t
     4 head_dim L / block_size                                 bytes of means, float32
     U block_size (head_dim + value_head_dim) itemsize         bytes of chosen blocks, U <= g (top_k - 1) + 1
 
-against L (head_dim + value_head_dim) itemsize of dense attention. Decoding needs no gradients and promises none.
+against L (head_dim + value_head_dim) itemsize of dense attention. Nothing here is differentiable.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sparse_attn.checks import check_positive, check_scale, check_selection
 from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_rows, mark_lost, prepare_new
 from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
-from sparse_attn.sharding import over_auto_axes, over_explicit_axes
+from sparse_attn.sharding import over_auto_axes, over_explicit_axes, vary_alike
 
 _TABLE_ROWS = 64  # queries times heads of a group whose scores may all stand in one table
 
@@ -137,7 +137,7 @@ def extend_moba_cache(
     num_new = prepare_new(cache, key, value, key_conv_kernel, num_new, (cache.key[:, :, 0, 0], cache.value[:, :, 0, 0]))
 
     def extend(
-        cache: MoBACache, key: jax.Array, value: jax.Array, kernel: jax.Array | None, num_new: jax.Array
+        key: jax.Array, value: jax.Array, cache: MoBACache, kernel: jax.Array | None, num_new: jax.Array
     ) -> MoBACache:
         extended, key = append(cache, key, kernel, num_new)
         position = cache.length[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)  # [batch, tokens]
@@ -147,7 +147,7 @@ def extend_moba_cache(
         mean = _complete(cache.mean, new_key, cache.length, extended.length, key.shape[1])
         return dataclasses.replace(extended, key=new_key, value=new_value, mean=mean)
 
-    operands, axes = (cache, key, value, key_conv_kernel, num_new), (cache.axes(), "b.k", "b.k", ".k", "b")
+    operands, axes = (key, value, cache, key_conv_kernel, num_new), ("b.k", "b.k", cache.axes(), ".k", "b")
     return over_explicit_axes(extend, operands, axes, cache.axes())
 
 
@@ -177,7 +177,8 @@ def _complete(mean: jax.Array, key: jax.Array, start: jax.Array, stop: jax.Array
         complete = jax.vmap(jax.vmap(complete_head, (0, 0, None)))
         return jax.lax.cond((block < num_blocks).any(), complete, lambda mean, key, block: mean, mean, key, block)
 
-    return over_auto_axes(complete, (mean, key, block), ("bk", "bk", "b"), "bk", group=1)
+    operands = vary_alike((mean, key, block))
+    return over_auto_axes(complete, operands, ("bk", "bk", "b"), "bk", group=1)
 
 
 @overload
@@ -280,7 +281,7 @@ def _choose(query: jax.Array, mean: jax.Array, blocks: Blocks, top_k: int) -> ja
     """As `reference.route`, causal, from the means `[batch, kv_heads, blocks, head_dim]`."""
     group = query.shape[2] // mean.shape[1]
     choose = _choose_from_table if query.shape[1] * group <= _TABLE_ROWS else _choose_by_steps
-    operands, axes = (query, mean, blocks), ("b.h", "bk", blocks.axes())
+    operands, axes = vary_alike((query, mean, blocks)), ("b.h", "bk", blocks.axes())
     return over_auto_axes(functools.partial(choose, top_k=top_k), operands, axes, "bh", group=group)
 
 

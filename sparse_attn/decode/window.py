@@ -118,9 +118,9 @@ def window_cached_attention(
 
     def call(
         query: jax.Array,
-        cache: WindowCache,
         key: jax.Array,
         value: jax.Array,
+        cache: WindowCache,
         kernel: jax.Array | None,
         num_new: jax.Array,
     ) -> tuple[jax.Array, WindowCache]:
@@ -133,8 +133,8 @@ def window_cached_attention(
             return _attend_ring(query, extended, num_new, scale), extended
         return _attend_chunk(query, key, value, cache, num_new, scale), extended
 
-    operands = (query, cache, key, value, key_conv_kernel, num_new)
-    axes = ("b.h", cache.axes(), "b.k", "b.k", ".k", "b")
+    operands = (query, key, value, cache, key_conv_kernel, num_new)
+    axes = ("b.h", "b.k", "b.k", cache.axes(), ".k", "b")
     return over_explicit_axes(call, operands, axes, ("b.h", cache.axes()))
 
 
