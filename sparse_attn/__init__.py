@@ -1,6 +1,6 @@
 """Block-sparse attention for JAX. Arrays are [batch, sequence, heads, head_dim]; sizes are counted in tokens."""
 
-from sparse_attn import reference, theory
+from sparse_attn import decode, reference, theory
 from sparse_attn.attend.partial import merge_partials
 from sparse_attn.attention import block_sparse_attention, moba_attention, route_moba
 from sparse_attn.keys import causal_key_convolution
@@ -13,6 +13,7 @@ __all__ = [
     "BlockSelection",
     "block_sparse_attention",
     "causal_key_convolution",
+    "decode",
     "merge_partials",
     "moba_attention",
     "reference",

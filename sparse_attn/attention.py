@@ -15,6 +15,7 @@ from sparse_attn.checks import (
     check_arrays,
     check_attention,
     check_positive,
+    check_selection,
     check_sequences,
     takes_no_batch,
 )
@@ -223,22 +224,9 @@ def block_sparse_attention(
       ValueError: an argument has a wrong shape, dtype or value.
       NotImplementedError: as `moba_attention`.
     """
-    query, key, value, indices = map(jnp.asarray, (query, key, value, selection.indices))
+    query, key, value = map(jnp.asarray, (query, key, value))
     scale = check_attention(query, key, value, scale, own_head_dim=True)
-    batch, num_queries, num_heads, _ = query.shape
-    block_size = selection.block_size
-    check_positive("selection.block_size", block_size)
-    is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
-    if (
-        indices.ndim != 4
-        or indices.shape[:3] != (batch, num_heads, num_queries)
-        or 0 in indices.shape
-        or not is_integer
-    ):
-        raise ValueError(
-            f"selection.indices must be integers of shape (batch, heads, queries, top_k) = ({batch}, {num_heads}, "
-            f"{num_queries}, at least 1), got {indices.dtype} of shape {indices.shape}"
-        )
+    indices, block_size = check_selection(selection, query), selection.block_size
     given = Sequences(query_seq_lengths, key_value_seq_lengths, query_segment_ids, key_value_segment_ids)
     sequences = check_sequences(
         query, key, given, segment_ids=segment_ids, seq_lengths=seq_lengths, is_causal=is_causal
@@ -246,7 +234,7 @@ def block_sparse_attention(
 
     def call(query: jax.Array, key: jax.Array, value: jax.Array, indices: jax.Array, sequences: Sequences) -> Results:
         query, (key, value), blocks = _prepare(query, (key, value), sequences, block_size, is_causal)
-        choice = PerQuery(_once_each(indices, blocks.max_choices), blocks)
+        choice = PerQuery(once_each(indices, blocks.max_choices), blocks)
         output, log_sum_exp = attend((query, key, value), choice, scale, implementation)
         return output.astype(query.dtype), log_sum_exp
 
@@ -262,7 +250,7 @@ def attend(arrays: Arrays, choice: Choice, scale: float, implementation: Impleme
       NotImplementedError: the implementation cannot do the call.
     """
     backend = resolve(implementation)
-    _raise_refusal(backend.refuses(arrays, choice))
+    raise_refusal(backend.refuses(arrays, choice))
     return derivatives.attend(backend, arrays, choice, scale)
 
 
@@ -276,16 +264,16 @@ def _choose(
 ) -> jax.Array:
     """The router's choice, int32 `[batch, heads, queries, top_k or fewer]`."""
     backend, top_k = resolve(implementation), at_most(top_k, blocks.max_choices)
-    _raise_refusal(backend.refuses_route(query, top_k))
+    raise_refusal(backend.refuses_route(query, top_k))
     return derivatives.route(backend, query, key, blocks, top_k=top_k, is_causal=is_causal)
 
 
-def _raise_refusal(reason: str | None) -> None:
+def raise_refusal(reason: str | None) -> None:
     if reason is not None:
         raise NotImplementedError(f"{reason}; implementation='xla' does every call")
 
 
-def _once_each(indices: jax.Array, most: int) -> jax.Array:
+def once_each(indices: jax.Array, most: int) -> jax.Array:
     """Lists `[..., top_k]` in another order, no id twice and no longer than `most`; -1 for what goes."""
     indices = -jnp.sort(-indices.astype(jnp.int32), axis=-1)
     is_again = jnp.pad(indices[..., 1:] == indices[..., :-1], ((0, 0),) * (indices.ndim - 1) + ((1, 0),))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from sparse_attn.selection import BlockSelection
+
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)))
 
 
@@ -185,6 +187,19 @@ def check_attention(
         raise ValueError(f"value must be shaped like key {key.shape}{aside}, got value.shape={value.shape}")
     check_scale(scale)
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def check_selection(selection: BlockSelection, query: jax.Array) -> jax.Array:
+    """A choice for these queries; its indices as an array `[batch, heads, queries, top_k]`."""
+    indices, shape = jnp.asarray(selection.indices), (query.shape[0], query.shape[2], query.shape[1])
+    check_positive("selection.block_size", selection.block_size)
+    is_integer = jnp.issubdtype(indices.dtype, jnp.integer)
+    if indices.ndim != 4 or indices.shape[:3] != shape or 0 in indices.shape or not is_integer:
+        raise ValueError(
+            f"selection.indices must be integers of shape (batch, heads, queries, top_k) = "
+            f"({', '.join(map(str, shape))}, at least 1), got {indices.dtype} of shape {indices.shape}"
+        )
+    return indices
 
 
 def check_scale(scale: float | None) -> None:

@@ -1,10 +1,14 @@
 """Dense attention as a value: the ceiling to compare sparse attention with."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from sparse_attn.decode.cache import CacheOptions
+from sparse_attn.decode.dense import DenseCache, dense_cached_attention, extend_dense_cache, init_dense_cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,3 +48,34 @@ class Dense:
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=self.is_causal, key_value_seq_lengths=lengths
         )
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        **options: Unpack[CacheOptions],
+    ) -> DenseCache:
+        """`sparse_attn.decode.init_dense_cache`."""
+        self._check_causal()
+        return init_dense_cache(batch_size, max_length, num_key_value_heads, head_dim, **options)
+
+    def attend_cached(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        cache: DenseCache,
+        *,
+        key_conv_kernel: jax.Array | None = None,
+        num_new: ArrayLike | None = None,
+    ) -> tuple[jax.Array, DenseCache]:
+        """New tokens behind those of the cache: `extend_dense_cache`, then `dense_cached_attention`."""
+        self._check_causal()
+        cache = extend_dense_cache(cache, key, value, key_conv_kernel=key_conv_kernel, num_new=num_new)
+        return dense_cached_attention(query, cache, num_new=num_new), cache
+
+    def _check_causal(self) -> None:
+        if not self.is_causal:
+            raise ValueError("is_causal must be True to attend with a cache")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from sparse_attn.checks import (
 )
 from sparse_attn.loops import at_most
 from sparse_attn.sharding import over_explicit_axes
+
+if TYPE_CHECKING:  # the cache stands on this file
+    from sparse_attn.decode.cache import CacheOptions
+    from sparse_attn.decode.window import WindowCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,35 @@ class SlidingWindow:
         """`sliding_window_attention`; seq_lengths say nothing new, for padding comes after every real token."""
         del seq_lengths
         return sliding_window_attention(query, key, value, window_size=self.window_size, segment_ids=segment_ids)
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        **options: Unpack["CacheOptions"],
+    ) -> "WindowCache":
+        """`sparse_attn.decode.init_window_cache`."""
+        from sparse_attn.decode.window import init_window_cache
+
+        sizes = (batch_size, max_length, num_key_value_heads, head_dim)
+        return init_window_cache(*sizes, window_size=self.window_size, **options)
+
+    def attend_cached(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        cache: "WindowCache",
+        *,
+        key_conv_kernel: jax.Array | None = None,
+        num_new: ArrayLike | None = None,
+    ) -> tuple[jax.Array, "WindowCache"]:
+        """`sparse_attn.decode.window_cached_attention`."""
+        from sparse_attn.decode.window import window_cached_attention
+
+        return window_cached_attention(query, key, value, cache, key_conv_kernel=key_conv_kernel, num_new=num_new)
 
 
 # The logit of a key out of sight. Finite, so that no gradient meets inf - inf; every query sees at least itself.

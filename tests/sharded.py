@@ -16,11 +16,17 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparse_attn import block_sparse_attention, moba_attention, nn, route_moba, sliding_window_attention
+from sparse_attn.dense import Dense
+from sparse_attn.systems.moba import MoBA
+from sparse_attn.window import SlidingWindow
 from tests.every_system import TOKENS, every_system
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 OWN_GRADIENTS = ("moba", "nsa", "sla", "xattention")
 IN_SHARD_MAP = ("window", "moba", "xattention", "sla")
+CACHED = {
+    "moba": MoBA(block_size=8, top_k=2), "window": SlidingWindow(window_size=8), "dense": Dense(),
+}  # fmt: skip
 COLLECTIVES = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
@@ -42,6 +48,22 @@ def functions(query, key):
             *(jnp.tile(x, (1, 12, 1, 1)) for x in (q, k, v)), window_size=300
         ),
     }
+
+
+def cached(attention):
+    """Attention of queries, keys and values through a cache: a chunk, then two single tokens."""
+
+    def attend(query, key, value):
+        batch, tokens, kv_heads, head_dim = key.shape
+        cache, outputs = attention.init_cache(batch, tokens, kv_heads, head_dim, key_conv_width=3), []
+        kernel = jnp.ones((3, kv_heads, head_dim), key.dtype) / 8
+        for part in (slice(0, tokens - 2), slice(tokens - 2, tokens - 1), slice(tokens - 1, tokens)):
+            new = (array[:, part] for array in (query, key, value))
+            output, cache = attention.attend_cached(*new, cache, key_conv_kernel=kernel)
+            outputs.append(output)
+        return jnp.concatenate(outputs, axis=1)
+
+    return attend
 
 
 def output_and_gradients(function):
@@ -100,10 +122,18 @@ def main():
         has_gradient = name not in systems or name in OWN_GRADIENTS
         call = output_and_gradients(function) if has_gradient else function
         result[name] = compare(name, call, arrays, spec, name not in systems)
+    for name, attention in CACHED.items():
+        result[f"{name}, cached"] = compare(name, cached(attention), arrays, spec, True)
     one_row = arrays[0][:1], arrays[1][:1]
     for name in IN_SHARD_MAP:
         function = (functions(*one_row) | every_system(*one_row))[name]
         result[f"{name}, in shard_map"] = {"Manual": in_shard_map(function, arrays)}
+    split = jax.shard_map(
+        cached(CACHED["moba"]), mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"),
+    )  # fmt: skip
+    actual, expected = (jax.jit(function)(*arrays) for function in (split, cached(CACHED["moba"])))
+    result["moba, cached, in shard_map"] = {"Manual": [float(jnp.abs(np.asarray(actual) - expected).max()), []]}
     config = nn.TransformerConfig(
         vocab_size=16, num_layers=3, hidden_size=16, mlp_size=16, num_heads=2, head_dim=8, window_size=4, block_size=8,
         top_k=2, key_conv_width=3, layer_pattern=("sliding_window", "moba", "dense"),

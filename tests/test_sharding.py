@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from tests.every_system import NAMES
-from tests.sharded import IN_SHARD_MAP
+from tests.sharded import CACHED, IN_SHARD_MAP
 
 # Heads choose together: the devices that share them have to speak.
 HEADS_TOGETHER = ("adaspa", "block_bert", "proxy_attention")
 FUNCTIONS = ("moba, segments", "moba, lengths, reference", "a choice given", "window", "window of several parts")
+CACHES = [f"{name}, cached" for name in CACHED]
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -27,7 +28,7 @@ def results():
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("name", [*FUNCTIONS, *NAMES])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *NAMES, *CACHES])
 def test_split_rows_and_heads_give_the_same_numbers_without_a_collective(name, kind):
     difference, collectives = results()[name][kind]
     assert difference < 1e-5
@@ -36,7 +37,7 @@ def test_split_rows_and_heads_give_the_same_numbers_without_a_collective(name, k
         assert collectives == []
 
 
-@pytest.mark.parametrize("name", IN_SHARD_MAP)
+@pytest.mark.parametrize("name", [*IN_SHARD_MAP, "moba, cached"])
 def test_shard_map_takes_the_functions_under_its_default_check(name):
     difference, _ = results()[f"{name}, in shard_map"]["Manual"]
     assert difference < 1e-5

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import MOSAIC, PER_QUERY, TRITON, MosaicConfig, PerQueryConfig, TritonConfig
 from sparse_attn import reference
-from sparse_attn.attend import per_query, per_tile, route
+from sparse_attn.attend import cached, per_query, per_tile, route
 from sparse_attn.attend.choice import Choice, PerQuery, PerTile
 from sparse_attn.attend.derivatives import Backend
 from sparse_attn.attend.platform import ByPlatform
@@ -59,6 +59,15 @@ class Reference:
         forward = functools.partial(self.forward, choice=choice, scale=scale)
         return jax.vjp(forward, arrays)[1](cotangents)[0]
 
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> None:
+        """It does every call."""
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        arrays, choice = cached.in_rows(arrays, indices, length, num_new)
+        return self.forward(arrays, choice, scale)[0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Xla:
@@ -68,12 +77,15 @@ class Xla:
       route_sizes: of the router.
       per_query_sizes: of attention to choices made by every query.
       per_tile_sizes: of attention to choices made per tile.
+      cached_rows: queries times heads of a group up to which attention to a cache gathers each query's blocks. More of
+        them share blocks enough to be sorted by block.
       platforms: as in `Backend`.
     """
 
     route_sizes: route.Sizes = dataclasses.field(default_factory=route.Sizes)
     per_query_sizes: per_query.Sizes = dataclasses.field(default_factory=per_query.Sizes)
     per_tile_sizes: per_tile.Sizes = dataclasses.field(default_factory=per_tile.Sizes)
+    cached_rows: int = 16
     platforms: tuple[str, ...] | None = None
     rounds_output = False
     has_effects = False
@@ -97,6 +109,17 @@ class Xla:
             return per_query.backward(arrays, choice, results, cotangents, scale, self.per_query_sizes)
         return per_tile.backward(arrays, choice, results, cotangents, scale, self.per_tile_sizes)
 
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> None:
+        """It does every call."""
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        if cached.num_rows(arrays) <= self.cached_rows:
+            return cached.attend(arrays, indices, length, num_new, scale)
+        arrays, choice = cached.in_rows(arrays, indices, length, num_new)
+        return self.forward(arrays, choice, scale)[0]
+
 
 # On a CPU a step should stay near the cache, elsewhere it should fill the machine.
 _LARGE = 2**26
@@ -107,9 +130,13 @@ XLA = ByPlatform(
             route.Sizes(elements_per_step=_LARGE),
             per_query.Sizes(elements_per_step=_LARGE),
             per_tile.Sizes(elements_per_step=_LARGE),
+            cached_rows=128,
         ),
     )
 )
+
+
+_FEW_ROWS = 128  # queries times heads of a group that are too few for the kernels for whole rows
 
 
 class _Kernels:
@@ -127,6 +154,25 @@ class _Kernels:
     @property
     def has_effects(self) -> bool:
         return bool(self.interpret)
+
+    def refuses(self, arrays: Arrays, choice: Choice) -> str | None:
+        raise NotImplementedError
+
+    def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
+        raise NotImplementedError
+
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
+        if cached.num_rows(arrays) <= _FEW_ROWS:
+            return "there is no kernel for a few queries and a cache"
+        length = jax.ShapeDtypeStruct(arrays[0].shape[:1], jnp.int32)
+        return self.refuses(*jax.eval_shape(cached.in_rows, arrays, indices, length, length))
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        """A chunk, by the kernels for whole rows."""
+        arrays, choice = cached.in_rows(arrays, indices, length, num_new)
+        return self.forward(arrays, choice, scale)[0]
 
     def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
         """A pass of the kernels; rest is what follows the choice, the scale last."""

@@ -67,6 +67,14 @@ class Backend(Protocol):
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
         """Gradients of query, key and value, given those of the results."""
 
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
+        """Why it cannot `decode`, in words; None if it can."""
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        """Attention of new tokens to the chosen blocks of a cache; the arrays are those of `decode` below."""
+
 
 def output_gradient(arrays: Arrays, results: Results, cotangents: Results) -> tuple[jax.Array, jax.Array]:
     """What every backward pass begins with: dO in query's dtype, and delta = sum(dO O) - dL `[batch, queries, heads]`.
@@ -108,6 +116,33 @@ def route(
         axes = ("b.h", "b.k", blocks.axes())
         indices = over_auto_axes(call, operands, axes, "bh", group=query.shape[2] // key.shape[2])
     return checkpoint_name(indices, "block_selection")
+
+
+def decode(
+    backend: Backend, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+) -> jax.Array:
+    """Attention of new tokens, few or many, to the chosen blocks of a cache. Not differentiable.
+
+    Args:
+      backend: which must not refuse the call.
+      arrays: query `[batch, queries, heads, head_dim]`, key `[batch, kv_heads, blocks, block_size, head_dim]` and value
+        `[batch, kv_heads, blocks, block_size, value_head_dim]`, of one dtype.
+      indices: int32 `[batch, heads, queries, top_k]`, blocks of keys that the query sees, none twice in a list; -1 for
+        none.
+      length: int32 `[batch]`, tokens of a row, the queries' own included. What lies behind them may be anything.
+      num_new: int32 `[batch]`: query t stands at position length - num_new + t and sees the keys up to there; from
+        num_new on queries are padding and give zeros.
+      scale: factor of the logits.
+
+    Returns:
+      Array `[batch, queries, heads, value_head_dim]`, of query's dtype or float32 (`Backend.rounds_output`).
+    """
+    operands = vary_alike((arrays, indices, length, num_new))
+    call = functools.partial(backend.decode, scale=scale)
+    if backend.has_effects:
+        return call(*operands)
+    axes = (("b.h", "bk", "bk"), "bh", "b", "b")
+    return over_auto_axes(call, operands, axes, "b.h", group=arrays[0].shape[2] // arrays[1].shape[1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

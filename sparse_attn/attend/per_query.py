@@ -52,8 +52,9 @@ def forward(arrays: Arrays, choice: PerQuery, scale: float, sizes: Sizes) -> Res
     """Output, float32, and log-sum-exp."""
     query, key, _ = arrays
     plan = _make_plan(query, key, choice, scale, sizes)
-    heads = _split_heads(arrays, choice, plan)
-    output, log_sum_exp = map_heads(functools.partial(_attend_head, plan=plan), (heads,), plan.heads_per_step)
+    heads, keys = _split_heads(arrays, choice, plan)
+    attend_head = functools.partial(_attend_head, keys=keys, plan=plan)
+    output, log_sum_exp = map_heads(attend_head, (heads,), plan.heads_per_step)
     kv_heads = key.shape[2]
     output = _join_rows(output, query.shape, kv_heads)  # [batch, queries, heads, value_head_dim]
     return output, _join_rows(log_sum_exp[..., None], query.shape, kv_heads)[..., 0]
@@ -68,11 +69,12 @@ def backward(
     kv_heads = key.shape[2]
     d_output, delta = output_gradient(arrays, results, cotangents)
     rows = [_split_rows(x, kv_heads, plan) for x in (d_output, results[1][..., None], delta[..., None])]
-    inputs = (_split_heads(arrays, choice, plan), rows[0], rows[1][..., 0], rows[2][..., 0])
-    differentiate_head = functools.partial(_differentiate_head, plan=plan)
+    heads, keys = _split_heads(arrays, choice, plan)
+    inputs = (heads, rows[0], rows[1][..., 0], rows[2][..., 0])
+    differentiate_head = functools.partial(_differentiate_head, keys=keys, plan=plan)
     d_query, d_key, d_value = map_heads(differentiate_head, inputs, plan.heads_per_step)
 
-    def join_keys(gradient: jax.Array, like: jax.Array) -> jax.Array:  # [batch * kv_heads, keys + block_size, x]
+    def join_keys(gradient: jax.Array, like: jax.Array) -> jax.Array:  # [batch * kv_heads, keys, x]
         batch, num_keys, _, size = like.shape
         gradient = gradient[:, :num_keys].reshape(batch, kv_heads, num_keys, size)
         return gradient.swapaxes(1, 2).astype(like.dtype)
@@ -100,10 +102,16 @@ class _Head(NamedTuple):
     query: jax.Array  # [chunks, chunk_rows, head_dim]
     indices: jax.Array  # [chunks, chunk_rows, top_k]
     key_stop: jax.Array  # [chunks, chunk_rows]
-    key: jax.Array  # [keys + block_size, head_dim], in block order, zeros behind the end
-    value: jax.Array  # [keys + block_size, value_head_dim]
+    head: jax.Array  # scalar, which of the heads in _Keys
     block_start: jax.Array  # [blocks]
     block_length: jax.Array  # [blocks]
+
+
+class _Keys(NamedTuple):
+    """The keys and values of all heads, for a loop over heads to read in place; `keys` counts some padding."""
+
+    key: jax.Array  # [batch * kv_heads, keys, head_dim], in block order, zeros behind the end
+    value: jax.Array  # [batch * kv_heads, keys, value_head_dim]
 
 
 class _Tiles(NamedTuple):
@@ -167,31 +175,33 @@ def _join_rows(array: jax.Array, shape: tuple[int, ...], kv_heads: int) -> jax.A
     return array.swapaxes(1, 2).reshape(batch, num_queries, num_heads, size)
 
 
-def _split_heads(arrays: Arrays, choice: PerQuery, plan: _Plan) -> _Head:
+def _split_heads(arrays: Arrays, choice: PerQuery, plan: _Plan) -> tuple[_Head, _Keys]:
     """One entry for each key/value head of each batch row, along a new leading axis [batch * kv_heads]."""
     (query, key, value), blocks = arrays, choice.blocks
     batch, num_keys, kv_heads, _ = key.shape
     num_heads = query.shape[2]
+    # The last block is read whole; in packed rows it may start anywhere.
+    padding = plan.block_size if plan.is_packed else -num_keys % plan.block_size
 
     def split_keys(array: jax.Array) -> jax.Array:
         array = array.swapaxes(1, 2).reshape(batch * kv_heads, num_keys, -1)
-        return jnp.pad(array, ((0, 0), (0, plan.block_size), (0, 0)))
+        return jnp.pad(array, ((0, 0), (0, padding), (0, 0)))
 
     # Ids are shifted by one so that padding means "none".
     indices = blocks.reachable(choice.indices).swapaxes(1, 2)  # [batch, queries, heads, top_k]
     key_stop = jnp.broadcast_to(blocks.stop[..., None, None], (*query.shape[:2], num_heads, 1))
-    return _Head(
+    heads = _Head(
         query=_split_rows(query, kv_heads, plan),
         indices=_split_rows(indices + 1, kv_heads, plan) - 1,
         key_stop=_split_rows(key_stop, kv_heads, plan)[..., 0],
-        key=split_keys(key),
-        value=split_keys(value),
+        head=jnp.arange(batch * kv_heads, dtype=jnp.int32),
         block_start=jnp.repeat(blocks.block_start, kv_heads, axis=0),
         block_length=jnp.repeat(blocks.block_length, kv_heads, axis=0),
     )
+    return heads, _Keys(split_keys(key), split_keys(value))
 
 
-def _load_tiles(step: jax.Array, schedule: Schedule, chunk: _Head, plan: _Plan) -> _Tiles:
+def _load_tiles(step: jax.Array, schedule: Schedule, chunk: _Head, keys: _Keys, plan: _Plan) -> _Tiles:
     """Gathers the queries and blocks of one step's tiles; `chunk` is a head with the rows of one chunk."""
     first = step * plan.tiles_per_step
     pair = jax.lax.dynamic_slice_in_dim(schedule.pair, first, plan.tiles_per_step)  # [i, t]
@@ -199,7 +209,7 @@ def _load_tiles(step: jax.Array, schedule: Schedule, chunk: _Head, plan: _Plan) 
     row = pair // chunk.indices.shape[-1]
     start = chunk.block_start[block][:, None]  # [i, 1]
     place = start + jnp.arange(plan.block_size)[None, :]  # [i, m]
-    key, value = _take_windows(chunk.key, start, plan), _take_windows(chunk.value, start, plan)  # [i, m, d]
+    key, value = (_take_windows(array, chunk.head, start, plan) for array in keys)  # [i, m, d]
     if plan.is_packed:  # another segment's keys, whatever they hold, must not even meet a probability of zero
         in_block = place < start + chunk.block_length[block][:, None]
         key, value = (jnp.where(in_block[..., None], array, 0) for array in (key, value))
@@ -241,10 +251,11 @@ def _set_pairs(array: jax.Array, pair: jax.Array, new: jax.Array) -> jax.Array:
     return array.at[pair].set(new, mode="drop", unique_indices=True)
 
 
-def _take_windows(array: jax.Array, start: jax.Array, plan: _Plan) -> jax.Array:
-    """`[i, m, d]`: block_size rows of `[keys, d]` from each start `[i, 1]` on."""
-    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,))
-    return jax.lax.gather(array, start, dimensions, (plan.block_size, array.shape[1]), mode="promise_in_bounds")
+def _take_windows(array: jax.Array, head: jax.Array, start: jax.Array, plan: _Plan) -> jax.Array:
+    """`[i, m, d]`: of one head of `[heads, keys, d]`, block_size rows from each start `[i, 1]` on."""
+    place = jnp.concatenate([jnp.broadcast_to(head, start.shape), start], axis=1)  # [i, 2]
+    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    return jax.lax.gather(array, place, dimensions, (1, plan.block_size, array.shape[2]), mode="promise_in_bounds")
 
 
 def _add_windows(array: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
@@ -255,9 +266,9 @@ def _add_windows(array: jax.Array, start: jax.Array, new: jax.Array) -> jax.Arra
     return jax.lax.scatter_add(array, start, new, dimensions, indices_are_sorted=True, mode="promise_in_bounds")
 
 
-def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
+def _attend_head(head: _Head, keys: _Keys, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     """Output `[chunks, chunk_rows, value_head_dim]` and log-sum-exp `[chunks, chunk_rows]`, float32."""
-    head_dim = head.value.shape[-1]
+    head_dim = keys.value.shape[-1]
     accumulator = jnp.promote_types(head.query.dtype, jnp.float32)
 
     def attend_chunk(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -269,7 +280,7 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
 
         def attend_tiles(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             outputs, log_sum_exps = carry
-            tiles = _load_tiles(step, schedule, chunk, plan)
+            tiles = _load_tiles(step, schedule, chunk, keys, plan)
             largest = tiles.logits.max(-1, keepdims=True)  # [i, t, 1]
             largest = jnp.where(jnp.isneginf(largest), 0, largest)
             weight = jnp.exp(tiles.logits - largest)
@@ -290,7 +301,7 @@ def _attend_head(head: _Head, plan: _Plan) -> tuple[jax.Array, jax.Array]:
 
 
 def _differentiate_head(
-    head: _Head, d_output: jax.Array, log_sum_exp: jax.Array, delta: jax.Array, plan: _Plan
+    head: _Head, d_output: jax.Array, log_sum_exp: jax.Array, delta: jax.Array, keys: _Keys, plan: _Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value; d_output `[chunks, chunk_rows, value_head_dim]`, the rest one number a row."""
     accumulator = log_sum_exp.dtype
@@ -304,7 +315,7 @@ def _differentiate_head(
 
         def differentiate_tiles(step: jax.Array, carry: tuple) -> tuple:
             d_key, d_value, d_queries = carry
-            tiles = _load_tiles(step, schedule, chunk, plan)
+            tiles = _load_tiles(step, schedule, chunk, keys, plan)
             dtype = tiles.value.dtype
             probability = jnp.exp(tiles.logits - _take_rows(safe_log_sum_exp, tiles.row)[..., None])
             d_out = _take_rows(d_output, tiles.row)  # [i, t, d]
@@ -320,7 +331,7 @@ def _differentiate_head(
         d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
         return tuple(carry), d_query.astype(query.dtype)
 
-    empty = vary_alike(tuple(jnp.zeros(array.shape, accumulator) for array in (head.key, head.value)), head.key)
+    empty = vary_alike(tuple(jnp.zeros(array.shape[1:], accumulator) for array in keys), keys)
     chunks = (head.query, head.indices, head.key_stop, d_output, log_sum_exp, delta)
     (d_key, d_value), d_query = jax.lax.scan(differentiate_chunk, empty, chunks)
     return d_query, d_key, d_value

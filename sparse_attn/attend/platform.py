@@ -79,6 +79,18 @@ class ByPlatform:
         query, key, value = _call(self, "backward", (arrays, choice, results, cotangents), (scale,), arrays)
         return query, key, value
 
+    def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
+        return self._all_refuse(lambda backend: backend.refuses_decode(arrays, indices))
+
+    def decode(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        query, _, value = arrays
+        dtype = query.dtype if self.rounds_output else jnp.promote_types(query.dtype, jnp.float32)
+        like = jnp.broadcast_to(query[..., :1].astype(dtype), (*query.shape[:3], value.shape[4]))
+        (output,) = _call(self, "decode", (arrays, indices, length, num_new), (scale,), (like,))
+        return output
+
 
 def _call(backend: ByPlatform, method: str, operands: tuple, options: tuple, like: tuple) -> tuple[jax.Array, ...]:
     """backend.method(*operands, *options), whose results have the types of `like`."""
@@ -104,6 +116,8 @@ def _run(
             continue
         if method == "route":
             reason = candidate.refuses_route(operands[0], options[0])
+        elif method == "decode":
+            reason = candidate.refuses_decode(*operands[:2])
         else:
             reason = candidate.refuses(*operands[:2])
         if reason is None:

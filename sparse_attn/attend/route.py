@@ -55,14 +55,20 @@ class Sizes:
 
 def route(query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool, sizes: Sizes) -> jax.Array:
     """Same as `reference.route`."""
+    return by_means(query, block_means(key, blocks).swapaxes(1, 2), blocks, top_k, is_causal, sizes)
+
+
+def by_means(
+    query: jax.Array, means: jax.Array, blocks: Blocks, top_k: int, is_causal: bool, sizes: Sizes
+) -> jax.Array:
+    """The same from the means of the blocks, float32 `[batch, kv_heads, blocks, head_dim]`."""
     batch, num_queries, num_heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    kv_heads = means.shape[1]
     group = num_heads // kv_heads
-    means = block_means(key, blocks)
     step_blocks = at_most(max(sizes.blocks_per_step, top_k), blocks.num_blocks)
     whole_steps = (blocks.num_blocks + step_blocks - 1) // step_blocks * step_blocks
-    means = jnp.pad(means, ((0, 0), (0, whole_steps - blocks.num_blocks), (0, 0), (0, 0)))
-    means = means.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, head_dim)
+    means = jnp.pad(means, ((0, 0), (0, 0), (0, whole_steps - blocks.num_blocks), (0, 0)))
+    means = means.reshape(batch * kv_heads, -1, head_dim)
 
     # Rows are (query, head of the group), query-major, for one key/value head of one batch row.
     rows = num_queries * group

@@ -1,6 +1,7 @@
 """MoBA: every query token attends the few key blocks whose mean key it matches best."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 from jax.typing import ArrayLike
@@ -8,6 +9,8 @@ from jax.typing import ArrayLike
 from sparse_attn.attend.backends import Implementation
 from sparse_attn.attention import moba_attention, route_moba
 from sparse_attn.checks import check_positive, check_scale
+from sparse_attn.decode.cache import CacheOptions
+from sparse_attn.decode.moba import MoBACache, extend_moba_cache, init_moba_cache, moba_cached_attention
 from sparse_attn.selection import BlockSelection
 
 
@@ -85,3 +88,40 @@ class MoBA:
             seq_lengths=seq_lengths,
             implementation=self.implementation,
         )
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        **options: Unpack[CacheOptions],
+    ) -> MoBACache:
+        """`sparse_attn.decode.init_moba_cache`."""
+        self._check_causal()
+        sizes = (batch_size, max_length, num_key_value_heads, head_dim)
+        return init_moba_cache(*sizes, block_size=self.block_size, **options)
+
+    def attend_cached(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        cache: MoBACache,
+        *,
+        key_conv_kernel: jax.Array | None = None,
+        num_new: ArrayLike | None = None,
+    ) -> tuple[jax.Array, MoBACache]:
+        """New tokens behind those of the cache: `extend_moba_cache`, then `moba_cached_attention`."""
+        self._check_causal()
+        if cache.block_size != self.block_size:
+            raise ValueError(f"cache must have block_size={self.block_size}, got {cache.block_size}")
+        cache = extend_moba_cache(cache, key, value, key_conv_kernel=key_conv_kernel, num_new=num_new)
+        output = moba_cached_attention(
+            query, cache, top_k=self.top_k, num_new=num_new, scale=self.scale, implementation=self.implementation
+        )
+        return output, cache
+
+    def _check_causal(self) -> None:
+        if not self.is_causal:
+            raise ValueError("is_causal must be True to attend with a cache")
