@@ -149,7 +149,7 @@ LAYERS = (
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_law(layer, data):
     (query, raw_key, value), kernel = draw_row(layer, data.draw(st.integers(0, 99)))
@@ -216,7 +216,7 @@ def test_a_packed_prompt_goes_on_with_a_row_for_each_segment():
     packed = [np.concatenate([array[row, :n] for row, n in enumerate(lengths)])[None] for array in arrays]
     ids = np.repeat(np.arange(3), lengths)[None]
     prompt = jax.jit(functools.partial(moba_attention, is_causal=True, segment_ids=ids, **SMALL))(*packed)[0]
-    expected = np.asarray(jax.jit(functools.partial(moba_attention, is_causal=True, **SMALL))(*arrays))
+    expected = oracle.moba(*arrays, **SMALL)
     cases.assert_close(prompt, np.concatenate([expected[row, :n] for row, n in enumerate(lengths)]), "float32")
     attention = MoBA(**SMALL)
     step = jax.jit(lambda cache, num_new, *arrays: attention.attend_cached(*arrays, cache, num_new=num_new))
@@ -232,7 +232,6 @@ def test_overflow_is_an_error_where_lengths_are_known():
     cache = filled(key[:, :9], value[:, :9], max_length=10)
     with pytest.raises(ValueError, match="max_length=10"):
         extend_moba_cache(cache, key[:, :2], value[:, :2])
-    extend_moba_cache(cache, key[:, :2], value[:, :2], num_new=[1, 0])
     with pytest.raises(ValueError, match="length must lie between"):
         rollback(cache, [9, 10])
     with pytest.raises(ValueError, match="length must lie between"):
@@ -265,9 +264,8 @@ def test_overflow_in_jit_spoils_nothing_and_is_seen(attention):
     np.testing.assert_array_equal(np.isnan(output).any((2, 3)), [[False] * 10 + [True] * 2, [False] * 12])
     np.testing.assert_array_equal(output[:, :10], expected[:, :10])
     assert cache.length.tolist() == [12, 10]
-    if not isinstance(attention, SlidingWindow):  # whose ring has no room that could be wrong
-        np.testing.assert_array_equal(cache.key, fitting.key)
-        np.testing.assert_array_equal(cache.value, fitting.value)
+    np.testing.assert_array_equal(cache.key, fitting.key)
+    np.testing.assert_array_equal(cache.value, fitting.value)
     again, _ = attend(cache, np.array([1, 0]), query, key, value)
     assert np.isnan(again[0, 0]).all()
     lost = jax.jit(rollback)(fitting, np.array([10, 11]))
