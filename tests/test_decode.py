@@ -37,6 +37,7 @@ class Layer:
     kv_heads: int = 2
     width: int = 0
     dtype: str = "float32"
+    value_head_dim: int = HEAD_DIM
 
     def __str__(self):
         attention = type(self.attention).__name__, *dataclasses.astuple(self.attention)[:2]
@@ -50,9 +51,9 @@ def draw_row(layer, seed):
     def draw(*shape):
         return near_ties.eighths(random.standard_normal(shape)).astype(cases.as_dtype(layer.dtype))
 
-    heads = (layer.heads, layer.kv_heads, layer.kv_heads)
     kernel = draw(layer.width, layer.kv_heads, HEAD_DIM) if layer.width else None
-    return [draw(BATCH, TOKENS, number, HEAD_DIM) for number in heads], kernel
+    shapes = (layer.heads, HEAD_DIM), (layer.kv_heads, HEAD_DIM), (layer.kv_heads, layer.value_head_dim)
+    return [draw(BATCH, TOKENS, *shape) for shape in shapes], kernel
 
 
 def convolve(key, kernel):
@@ -97,9 +98,10 @@ def grow(layer, arrays, kernel, splits):
     Tokens that are taken back are others than those that follow. Returns outputs, choices, and lengths in the end.
     """
     cache = layer.attention.init_cache(
-        BATCH, TOKENS, layer.kv_heads, HEAD_DIM, key_conv_width=layer.width, max_draft=DRAFT, dtype=arrays[0].dtype
-    )
-    output, indices = np.zeros(arrays[0].shape), None
+        BATCH, TOKENS, layer.kv_heads, HEAD_DIM, value_head_dim=layer.value_head_dim, key_conv_width=layer.width,
+        max_draft=DRAFT, dtype=arrays[0].dtype,
+    )  # fmt: skip
+    output, indices = np.zeros((BATCH, TOKENS, layer.heads, layer.value_head_dim)), None
     length, longest = np.zeros((2, BATCH), int)
     for counts, back in splits:
         num_new = np.minimum(counts, TOKENS - length)
@@ -135,7 +137,7 @@ def seen(layer, query, key, indices):
 
 
 LAYERS = (
-    Layer(MoBA(block_size=4, top_k=3)),
+    Layer(MoBA(block_size=4, top_k=3), value_head_dim=6),
     Layer(MoBA(block_size=1, top_k=5), heads=4, kv_heads=1),
     Layer(MoBA(block_size=8, top_k=2), heads=16, kv_heads=2, dtype="bfloat16"),
     Layer(MoBA(block_size=2, top_k=1), heads=7, kv_heads=1, width=1),
@@ -143,13 +145,13 @@ LAYERS = (
     Layer(FlashMoBA(block_size=16, top_k=2), heads=4, kv_heads=2, width=5),
     Layer(MoBA(block_size=64, top_k=2, implementation="reference")),
     Layer(SlidingWindow(window_size=6), heads=4, kv_heads=2, width=3),
-    Layer(SlidingWindow(window_size=11), dtype="bfloat16"),
+    Layer(SlidingWindow(window_size=11), dtype="bfloat16", value_head_dim=6),
     Layer(Dense(), heads=4, kv_heads=2, width=3),
 )
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_law(layer, data):
     (query, raw_key, value), kernel = draw_row(layer, data.draw(st.integers(0, 99)))
@@ -216,7 +218,7 @@ def test_a_packed_prompt_goes_on_with_a_row_for_each_segment():
     packed = [np.concatenate([array[row, :n] for row, n in enumerate(lengths)])[None] for array in arrays]
     ids = np.repeat(np.arange(3), lengths)[None]
     prompt = jax.jit(functools.partial(moba_attention, is_causal=True, segment_ids=ids, **SMALL))(*packed)[0]
-    expected = np.asarray(jax.jit(functools.partial(moba_attention, is_causal=True, **SMALL))(*arrays))
+    expected = oracle.moba(*arrays, **SMALL)
     cases.assert_close(prompt, np.concatenate([expected[row, :n] for row, n in enumerate(lengths)]), "float32")
     attention = MoBA(**SMALL)
     step = jax.jit(lambda cache, num_new, *arrays: attention.attend_cached(*arrays, cache, num_new=num_new))
@@ -232,7 +234,6 @@ def test_overflow_is_an_error_where_lengths_are_known():
     cache = filled(key[:, :9], value[:, :9], max_length=10)
     with pytest.raises(ValueError, match="max_length=10"):
         extend_moba_cache(cache, key[:, :2], value[:, :2])
-    extend_moba_cache(cache, key[:, :2], value[:, :2], num_new=[1, 0])
     with pytest.raises(ValueError, match="length must lie between"):
         rollback(cache, [9, 10])
     with pytest.raises(ValueError, match="length must lie between"):
@@ -265,9 +266,8 @@ def test_overflow_in_jit_spoils_nothing_and_is_seen(attention):
     np.testing.assert_array_equal(np.isnan(output).any((2, 3)), [[False] * 10 + [True] * 2, [False] * 12])
     np.testing.assert_array_equal(output[:, :10], expected[:, :10])
     assert cache.length.tolist() == [12, 10]
-    if not isinstance(attention, SlidingWindow):  # whose ring has no room that could be wrong
-        np.testing.assert_array_equal(cache.key, fitting.key)
-        np.testing.assert_array_equal(cache.value, fitting.value)
+    np.testing.assert_array_equal(cache.key, fitting.key)
+    np.testing.assert_array_equal(cache.value, fitting.value)
     again, _ = attend(cache, np.array([1, 0]), query, key, value)
     assert np.isnan(again[0, 0]).all()
     lost = jax.jit(rollback)(fitting, np.array([10, 11]))
@@ -375,21 +375,3 @@ def test_float64_stays_float64():
         output = jax.jit(functools.partial(moba_cached_attention, top_k=2))(query[:, -STEP:], cache)
         expected = oracle.moba(query, key, value, **SMALL)
         cases.assert_close(output, expected[:, -STEP:], "float64")
-
-
-def test_values_of_another_head_dim():
-    query, key, _ = draw()
-    value = np.random.default_rng(3).standard_normal((BATCH, TOKENS, 2, 6)).astype(np.float32)
-    for attention, mask in (
-        (MoBA(**SMALL), None),
-        (SlidingWindow(window_size=6), np.tri(TOKENS, dtype=bool) & ~np.tri(TOKENS, k=-6, dtype=bool)),
-    ):
-        cache = attention.init_cache(BATCH, TOKENS, 2, HEAD_DIM, value_head_dim=6)
-        attend = jax.jit(lambda cache, *arrays, attention=attention: attention.attend_cached(*arrays, cache))
-        output, cache = attend(cache, *(array[:, :-1] for array in (query, key, value)))
-        last, _ = attend(cache, *(array[:, -1:] for array in (query, key, value)))
-        if mask is None:
-            expected = oracle.moba(query, key, value, **SMALL)
-        else:
-            expected = oracle.attention(query, key, value, np.broadcast_to(mask, (BATCH, 4, TOKENS, TOKENS)))
-        cases.assert_close(np.concatenate([output, last], 1), expected, "float32")

@@ -125,8 +125,9 @@ def window_cached_attention(
         num_new: jax.Array,
     ) -> tuple[jax.Array, WindowCache]:
         extended, key = append(cache, key, kernel, num_new)
+        stored = jnp.minimum(num_new, cache.max_length - cache.length)  # [batch]
         new_key, new_value = (
-            write_ring(ring, new, cache.length, num_new) for ring, new in ((cache.key, key), (cache.value, value))
+            write_ring(ring, new, cache.length, stored) for ring, new in ((cache.key, key), (cache.value, value))
         )
         extended = dataclasses.replace(extended, key=new_key, value=new_value)
         if query.shape[1] <= cache.key.shape[1] - cache.window_size + 1:
