@@ -6,7 +6,7 @@ CUDA_VENV ?= .venv-cuda
 WHEEL_VENV := .venv-wheel
 PRESET ?= tiny
 
-.PHONY: reproduce test coverage test-versions compile-gpu wheel lint benchmark clean
+.PHONY: reproduce test coverage test-versions compile-gpu wheel docs lint benchmark clean
 
 reproduce: $(VENV)/ready-experiments  ## train the preset's models, measure, write the report
 	$(RUN) -m experiments reproduce --preset $(PRESET) --out runs/$(PRESET)
@@ -42,6 +42,9 @@ wheel: $(VENV)/ready-build  ## builds dist/ and tries the wheel in an empty envi
 	cp tests/smoke.py $(WHEEL_VENV)
 	cd $(WHEEL_VENV) && bin/python -I smoke.py && bin/mypy --strict --config-file= smoke.py
 
+docs: $(VENV)/ready-docs  ## the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -51,4 +54,4 @@ $(VENV)/ready-%: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage*
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage*

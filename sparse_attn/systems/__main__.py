@@ -52,13 +52,13 @@ def make_card(system: type) -> str:
 
     causal = "as `is_causal` says" if "is_causal" in fields else yes("is_causal")
     facts = f"Causal: {causal}. Trained: {yes('is_trainable')}. Packed rows when traced: {yes('traces_sequences')}."
-    module = system.__module__.rpartition(".")[2]
+    path = f"{system.__module__}.{system.__name__}"
     own = [name for name in attributes if name in fields and name not in System.__dataclass_fields__]
     return "\n".join(
         [
             f"## {system.__name__} ([{system.paper}](https://arxiv.org/abs/{system.paper}))",  # type: ignore[attr-defined]
             "",
-            f"[`sparse_attn.systems.{module}`](../sparse_attn/systems/{module}.py). {facts}",
+            f"[`{path}`](api/systems.md#{path}). {facts}",
             "",
             text,
             "",
