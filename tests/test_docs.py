@@ -1,11 +1,12 @@
-"""The code on the pages of the documentation runs as a reader would type it, and prints what the page says it prints."""
+"""The code on the pages of the documentation runs as a reader would type it, and prints what the page says."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-PAGES = sorted(page for page in (Path(__file__).parent.parent / "docs").rglob("*.md") if "```python" in page.read_text())
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python" in page.read_text())
 # A comment behind a print that says what comes out: a shape, a number, True.
 PROMISE = re.compile(r"^ *print\(.*\)  # ([(\d-].*|True|False)$", re.M)
 
