@@ -181,7 +181,8 @@ def _split_heads(arrays: Arrays, choice: PerQuery, plan: _Plan) -> tuple[_Head, 
     batch, num_keys, kv_heads, _ = key.shape
     num_heads = query.shape[2]
     # The last block is read whole; in packed rows it may start anywhere.
-    padding = plan.block_size if plan.is_packed else -num_keys % plan.block_size
+    whole_blocks = -(-num_keys // plan.block_size) * plan.block_size
+    padding = plan.block_size if plan.is_packed else whole_blocks - num_keys
 
     def split_keys(array: jax.Array) -> jax.Array:
         array = array.swapaxes(1, 2).reshape(batch * kv_heads, num_keys, -1)
