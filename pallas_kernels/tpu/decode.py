@@ -18,8 +18,9 @@ shorter union an operand stays at its last block, which is not fetched again, an
 Mask. Each row has its list and the number of keys that it sees, [rows, top_k + 1], in VMEM. For each block of a step
 one comparison with the list says who attends it, and hence up to which column of the logits each row sees keys.
 
-Memory. HBM: the cache as it lies, neither copied, padded nor transposed; a block is whole in its last two axes. SMEM:
-the unions, 4 bytes an entry. VMEM at 1024 keys, head_dim 128, bfloat16, 128 rows: two buffers of keys and values
+Memory. HBM: the cache as it lies, neither copied, padded nor transposed. That holds for head_dim a multiple of 128; XLA
+lays out narrower arrays with another axis along the lanes and would copy them, so they are refused. SMEM: the unions, 4
+bytes an entry. VMEM at 1024 keys, head_dim 128, bfloat16, 128 rows: two buffers of keys and values
 1 MB, logits and weights 1.3 MB, output 64 KB.
 
 Speed. Bound by memory: 2 head_dim itemsize bytes a key of the union against two rows of the MXU. 1024 keys of 128
@@ -41,6 +42,7 @@ from pallas_kernels.blocks import Arrays
 from pallas_kernels.few_rows import join, lay_out, num_entries
 from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
 
+_LANES = 128
 _ROW_MULTIPLE = 16  # rows of a register of bfloat16
 _KEYS_PER_STEP = 1024
 _MOST_BLOCKS_PER_STEP = 16  # each is two operands, whose copies the scalar unit starts and awaits
@@ -57,7 +59,13 @@ def refuses(arrays: Arrays, top_k: int) -> str | None:
     multiple = 32 // query.dtype.itemsize
     if block_size % multiple:
         return f"the TPU decode kernel takes a block_size that is a multiple of {multiple}, got {block_size=}"
-    columns = sum(-(-array.shape[4] // 128) * 128 for array in (key, value))
+    for name, array in (("head_dim", key), ("value_head_dim", value)):
+        if array.shape[4] % _LANES:
+            return (
+                f"the TPU decode kernel takes a {name} that is a multiple of {_LANES}, for XLA would copy the cache to "
+                f"another layout, got {name}={array.shape[4]}"
+            )
+    columns = key.shape[4] + value.shape[4]
     step = max(block_size, _KEYS_PER_STEP) * (2 * columns * query.dtype.itemsize + 3 * 4 * 128)
     if step > _STEP_BYTES:
         sizes = f"{block_size=}, head_dim={key.shape[4]}, value_head_dim={value.shape[4]}"

@@ -19,8 +19,8 @@ from sparse_attn.decode import extend_moba_cache, init_moba_cache, moba_cached_a
 # Topology, dtype, head_dim, value_head_dim, block_size, group, queries.
 VARIANTS = (
     ("v5e:1x1", "bfloat16", 128, 128, 128, 8, 1),
-    ("v5p:2x2x1", "float32", 64, 64, 16, 1, 4),
-    ("v6e:1x1", "bfloat16", 96, 128, 512, 8, 16),
+    ("v5p:2x2x1", "float32", 128, 128, 16, 1, 4),
+    ("v6e:1x1", "bfloat16", 128, 256, 512, 8, 16),
     ("tpu7x:2x2x1", "bfloat16", 256, 256, 48, 3, 2),
 )
 BATCH, KV_HEADS, NUM_BLOCKS, TOP_K = 2, 2, 200, 8
