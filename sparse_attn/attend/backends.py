@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import MOSAIC, PER_QUERY, TRITON, MosaicConfig, PerQueryConfig, TritonConfig
+from pallas_kernels.few_rows import num_rows
 from sparse_attn import reference
 from sparse_attn.attend import cached, per_query, per_tile, route
 from sparse_attn.attend.choice import Choice, PerQuery, PerTile
@@ -115,7 +116,7 @@ class Xla:
     def decode(
         self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
     ) -> jax.Array:
-        if cached.num_rows(arrays) <= self.cached_rows:
+        if num_rows(arrays) <= self.cached_rows:
             return cached.attend(arrays, indices, length, num_new, scale)
         arrays, choice = cached.in_rows(arrays, indices, length, num_new)
         return self.forward(arrays, choice, scale)[0]
@@ -136,7 +137,7 @@ XLA = ByPlatform(
 )
 
 
-_FEW_ROWS = 128  # queries times heads of a group that are too few for the kernels for whole rows
+_FEW_ROWS = 128  # queries times heads of a group that go to the decode kernels; more, to those for whole rows
 
 
 class _Kernels:
@@ -162,17 +163,27 @@ class _Kernels:
         raise NotImplementedError
 
     def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
-        if cached.num_rows(arrays) <= _FEW_ROWS:
-            return "there is no kernel for a few queries and a cache"
+        if num_rows(arrays) <= _FEW_ROWS:
+            return self._refuses_few(arrays, indices.shape[3])
         length = jax.ShapeDtypeStruct(arrays[0].shape[:1], jnp.int32)
         return self.refuses(*jax.eval_shape(cached.in_rows, arrays, indices, length, length))
 
     def decode(
         self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
     ) -> jax.Array:
-        """A chunk, by the kernels for whole rows."""
+        """A few tokens by the decode kernel, a chunk by the kernels for whole rows."""
+        if num_rows(arrays) <= _FEW_ROWS:
+            return self._decode_few(arrays, indices, length, num_new, scale)
         arrays, choice = cached.in_rows(arrays, indices, length, num_new)
         return self.forward(arrays, choice, scale)[0]
+
+    def _refuses_few(self, arrays: Arrays, top_k: int) -> str | None:
+        raise NotImplementedError
+
+    def _decode_few(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        raise NotImplementedError
 
     def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
         """A pass of the kernels; rest is what follows the choice, the scale last."""
@@ -242,6 +253,18 @@ class TpuKernels(_Kernels):
         lists, size = _lists(choice), choice.query_block_size
         return attend_tiles_backward(arrays, lists, choice.blocks, size, *rest, **options)
 
+    def _refuses_few(self, arrays: Arrays, top_k: int) -> str | None:
+        from pallas_kernels.tpu import decode
+
+        return decode.refuses(arrays, top_k)
+
+    def _decode_few(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        from pallas_kernels.tpu import decode
+
+        return decode.attend(arrays, indices, length, num_new, scale=scale, interpret=self.interpret)
+
 
 class _GpuKernels(_Kernels):
     """What the kernels for GPUs share."""
@@ -308,14 +331,27 @@ class TritonKernels(_GpuKernels):
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
 
+    def _refuses_few(self, arrays: Arrays, top_k: int) -> str | None:
+        from pallas_kernels.gpu.triton import decode
+
+        return decode.refuses(arrays, top_k)
+
+    def _decode_few(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        from pallas_kernels.gpu.triton import decode
+
+        options: dict[str, Any] = {"config": self.config, "interpret": self.interpret}
+        return decode.attend(arrays, indices, length, num_new, scale=scale, **options)
+
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKernels(_GpuKernels):
-    """The Mosaic GPU kernels for Hopper, with the Triton router. They have run on no GPU yet.
+    """The Mosaic GPU kernels for Hopper, with the Triton router and decode kernel. They have run on no GPU yet.
 
     Attributes:
       config: sizes of the kernels.
-      router: what routes.
+      router: what routes, and attends a few new tokens to a cache.
       interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
     """
 
@@ -343,6 +379,14 @@ class MosaicKernels(_GpuKernels):
         from pallas_kernels.gpu.mosaic.backward import attend_backward
 
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
+
+    def _refuses_few(self, arrays: Arrays, top_k: int) -> str | None:
+        return self.router._refuses_few(arrays, top_k)
+
+    def _decode_few(
+        self, arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float
+    ) -> jax.Array:
+        return self.router._decode_few(arrays, indices, length, num_new, scale)
 
 
 def resolve(implementation: Implementation | None) -> Backend:

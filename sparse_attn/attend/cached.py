@@ -11,12 +11,6 @@ from pallas_kernels.blocks import Arrays, Blocks
 from sparse_attn.attend.choice import PerQuery
 
 
-def num_rows(arrays: Arrays) -> int:
-    """Queries times heads of a group: how many lists of blocks there are for each key/value head."""
-    query, key, _ = arrays
-    return query.shape[1] * query.shape[2] // key.shape[1]
-
-
 def attend(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.Array, scale: float) -> jax.Array:
     """Reads the chosen blocks alone, those of each row for itself. Returns float32 (float64 for float64)."""
     query, key, value = arrays

@@ -5,6 +5,7 @@ import os
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # whatever the tests set: kernels compile as on the chip
+    "XLA_FLAGS": "",  # libtpu stops at flags for the CPU that it does not know
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -1,0 +1,216 @@
+"""Attention of a few new tokens to the chosen blocks of a cache, on a TPU: flash decoding over a list of blocks.
+
+    grid (batch, kv head, step)            one step: 1024 keys, here four blocks of a union of six
+
+    HBM, the cache    [b0|b1|b2|b3|b4|b5|b6|b7| ... ]
+                           |     |     |  |            ids in SMEM (scalar prefetch) say which blocks are fetched
+    VMEM, buffers         [b1   b3    b6 b7]           next step: [b9 b12], and two operands that fetch nothing
+    logits        rows x  [##   ..    ## ..]           a row attends only the blocks of its own list
+    VMEM, scratch         output, maximum, sum         kept from step to step, divided and written at the last one
+
+Tiling. A program owns the rows of one key/value head: the new tokens times the heads of the group, at most 128, filled
+up to a multiple of 16. They share the union of their lists (`few_rows.lay_out`), so a block is fetched once, however
+many of them attend it. A step takes up to 1024 keys: the cache is passed once for every block of a step, each time with
+an index map of its own, and the pipeline of `pallas_call` fetches the blocks of the next step, also across programs,
+while this one computes. The grid has as many steps as the longest union needs (dynamic grid). Behind the end of a
+shorter union an operand stays at its last block, which is not fetched again, and nothing is computed.
+
+Mask. Each row has its list and the number of keys that it sees, [rows, top_k + 1], in VMEM. For each block of a step
+one comparison with the list says who attends it, and hence up to which column of the logits each row sees keys.
+
+Memory. HBM: the cache as it lies, neither copied, padded nor transposed. That holds for head_dim a multiple of 128; XLA
+lays out narrower arrays with another axis along the lanes and would copy them, so they are refused. SMEM: the unions, 4
+bytes an entry. VMEM at 1024 keys, head_dim 128, bfloat16, 128 rows: two buffers of keys and values
+1 MB, logits and weights 1.3 MB, output 64 KB.
+
+Speed. Bound by memory: 2 head_dim itemsize bytes a key of the union against two rows of the MXU. 1024 keys of 128
+bfloat16 numbers are 512 KB, some 0.3 microseconds of a v6e's 1.6 TB/s. Elementwise work goes by rows of eight sublanes:
+two for 16 rows, so eight numbers in each register of a decode step with 8 heads a group are real. What is paid once is
+the first fetch of a call and some scalar work for each operand of a step, hence long steps and few operands.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.blocks import Arrays
+from pallas_kernels.few_rows import join, lay_out, num_entries
+from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
+
+_LANES = 128
+_ROW_MULTIPLE = 16  # rows of a register of bfloat16
+_KEYS_PER_STEP = 1024
+_MOST_BLOCKS_PER_STEP = 16  # each is two operands, whose copies the scalar unit starts and awaits
+_STEP_BYTES = 24 << 20  # VMEM for two buffers of keys and values, and the logits of 128 rows
+_MOST_ENTRIES = 1 << 17  # of all unions, in SMEM
+
+
+def refuses(arrays: Arrays, top_k: int) -> str | None:
+    """Why the kernel cannot do a call with these arrays, those of `attend`; None if it can."""
+    query, key, value = arrays
+    batch, kv_heads, _, block_size, _ = key.shape
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the TPU kernels take float32 and bfloat16, got query.dtype={query.dtype}"
+    multiple = 32 // query.dtype.itemsize
+    if block_size % multiple:
+        return f"the TPU decode kernel takes a block_size that is a multiple of {multiple}, got {block_size=}"
+    for name, array in (("head_dim", key), ("value_head_dim", value)):
+        if array.shape[4] % _LANES:
+            return (
+                f"the TPU decode kernel takes a {name} that is a multiple of {_LANES}, for XLA would copy the cache to "
+                f"another layout, got {name}={array.shape[4]}"
+            )
+    columns = key.shape[4] + value.shape[4]
+    step = max(block_size, _KEYS_PER_STEP) * (2 * columns * query.dtype.itemsize + 3 * 4 * 128)
+    if step > _STEP_BYTES:
+        sizes = f"{block_size=}, head_dim={key.shape[4]}, value_head_dim={value.shape[4]}"
+        return f"the TPU decode kernel has {_STEP_BYTES} bytes for a step, but needs {step} for {sizes}"
+    entries = batch * kv_heads * num_entries(arrays, top_k)
+    if entries > _MOST_ENTRIES:
+        return f"the TPU decode kernel takes up to {_MOST_ENTRIES} chosen blocks, got {entries}"
+    return None
+
+
+def attend(
+    arrays: Arrays,
+    indices: jax.Array,
+    length: jax.Array,
+    num_new: jax.Array,
+    *,
+    scale: float,
+    keys_per_step: int = _KEYS_PER_STEP,
+    interpret: Any = False,
+) -> jax.Array:
+    """softmax(scale q k^T) v of each query over the keys of its chosen blocks up to its own position.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), section 3, over a list of blocks.
+
+    Args:
+      arrays: query `[batch, queries, heads, head_dim]`, float32 or bfloat16, key `[batch, kv_heads, blocks, block_size,
+        head_dim]` and value `[batch, kv_heads, blocks, block_size, value_head_dim]` of its dtype, finite numbers;
+        queries times heads / kv_heads at most 128.
+      indices: int32 `[batch, heads, queries, top_k]`, blocks of keys that the query sees, none twice in a list; -1 for
+        none, anywhere.
+      length: int32 `[batch]`, tokens of a row, the queries' own included.
+      num_new: int32 `[batch]`: query t stands at position length - num_new + t; from num_new on queries are padding.
+      scale: factor of the logits.
+      keys_per_step: keys that a step takes, at least one block and at most 16.
+      interpret: False, or `pltpu.InterpretParams` to run on a CPU.
+
+    Returns:
+      `[batch, queries, heads, value_head_dim]` of query's dtype; zeros for a query with nothing to attend to.
+
+    Raises:
+      NotImplementedError: see `refuses`.
+    """
+    if (reason := refuses(arrays, indices.shape[3])) is not None:
+        raise NotImplementedError(reason)
+    query, key, value = arrays
+    batch, kv_heads, _, block_size, head_dim = key.shape
+    value_head_dim = value.shape[4]
+    few = lay_out(arrays, indices, length, num_new, row_multiple=_ROW_MULTIPLE)
+    rows, entries = few.query.shape[2], few.union.shape[2]
+    stop = jnp.broadcast_to(few.stop[:, None, :, None], (*few.indices.shape[:3], 1))
+    lists = jnp.concatenate([few.indices, stop], axis=3)  # [batch, kv_heads, rows, top_k + 1]
+    at_once = max(1, min(keys_per_step // block_size, _MOST_BLOCKS_PER_STEP, entries))
+    num_steps = jnp.maximum(lax.div(few.count.max() + (at_once - 1), jnp.int32(at_once)), 1)
+
+    def block_of(operand: int, size: int) -> pl.BlockSpec:
+        """Where an operand of a step is: at its place in the union, or where it was last if that is behind the end."""
+
+        def index(b: jax.Array, h: jax.Array, step: jax.Array, union_ref: Any, count_ref: Any) -> tuple[Any, ...]:
+            head = b * kv_heads + h
+            last = count_ref[head] - 1
+            before = jnp.where(operand <= last, last - lax.rem(last - operand, at_once), 0)
+            place = step * at_once + operand
+            return b, h, union_ref[head * entries + jnp.where(place <= last, place, before)], 0, 0
+
+        return pl.BlockSpec((1, 1, 1, block_size, size), index)
+
+    def own(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, *_: (b, h, 0, 0))
+
+    output = pl.pallas_call(
+        functools.partial(_kernel, at_once=at_once, block_size=block_size, entries=entries, scale=scale),
+        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, rows, value_head_dim), query.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, kv_heads, num_steps),
+            in_specs=[
+                own(rows, head_dim),
+                own(rows, lists.shape[3]),
+                *(block_of(operand, head_dim) for operand in range(at_once)),
+                *(block_of(operand, value_head_dim) for operand in range(at_once)),
+            ],
+            out_specs=own(rows, value_head_dim),
+            scratch_shapes=[
+                pltpu.VMEM((rows, value_head_dim), jnp.float32),
+                pltpu.VMEM((rows, 1), jnp.float32),
+                pltpu.VMEM((rows, 1), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 << 20
+        ),
+        name="attend_few",
+        interpret=interpret,
+    )(few.union.reshape(-1), few.count.reshape(-1), few.query, lists, *[key] * at_once, *[value] * at_once)
+    return join(output, query)
+
+
+def _kernel(
+    union_ref: Any,  # SMEM [batch * kv_heads * entries]
+    count_ref: Any,  # SMEM [batch * kv_heads]
+    query_ref: Any,  # [1, 1, rows, head_dim]
+    list_ref: Any,  # [1, 1, rows, top_k + 1]: blocks, then how many keys the row sees
+    *refs: Any,  # at_once keys and as many values [1, 1, 1, block_size, x]; output [1, 1, rows, x]; scratch
+    at_once: int,
+    block_size: int,
+    entries: int,
+    scale: float,
+) -> None:
+    key_refs, value_refs = refs[:at_once], refs[at_once : 2 * at_once]
+    output_ref, accumulator_ref, largest_ref, total_ref = refs[2 * at_once :]
+    head, step = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2)
+    first, count = step * at_once, count_ref[head]
+
+    @pl.when(step == 0)
+    def _() -> None:
+        accumulator_ref[...] = jnp.zeros(accumulator_ref.shape, jnp.float32)
+        largest_ref[...] = jnp.full(largest_ref.shape, OUT_OF_SIGHT, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+
+    @pl.when(first < count)
+    def _() -> None:
+        lists = list_ref[0, 0]
+        blocks, stop = lists[:, :-1], lists[:, -1:]
+        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], at_once * block_size), 1)
+        limit = jnp.zeros(column.shape, jnp.int32)  # a row sees the columns below it
+        for operand in range(at_once):
+            place = first + operand
+            block = jnp.where(place < count, union_ref[head * entries + jnp.minimum(place, entries - 1)], -2)
+            is_chosen = jnp.where(blocks == block, 1.0, 0.0).max(1, keepdims=True) > 0  # [rows, 1]
+            begin = operand * block_size
+            seen = jnp.where(is_chosen, begin + stop - block * block_size, 0)  # [rows, 1]
+            limit = jnp.where(column >= begin, seen, limit)
+        is_seen = column < limit
+        key = jnp.concatenate([ref[0, 0, 0] for ref in key_refs], axis=0)
+        value = jnp.concatenate([ref[0, 0, 0] for ref in value_refs], axis=0)
+        logits = jnp.where(is_seen, product(query_ref[0, 0], key, NT) * (scale * LOG2_E), OUT_OF_SIGHT)
+        largest = largest_ref[...]
+        new_largest = jnp.maximum(largest, logits.max(1, keepdims=True))
+        factor = jnp.exp2(largest - new_largest)
+        weight = jnp.where(is_seen, jnp.exp2(logits - new_largest), 0)
+        largest_ref[...] = new_largest
+        total_ref[...] = total_ref[...] * factor + weight.sum(1, keepdims=True)
+        accumulator_ref[...] = accumulator_ref[...] * factor + product(weight.astype(value.dtype), value, NN)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        total = total_ref[...]
+        output_ref[0, 0] = (accumulator_ref[...] / jnp.where(total == 0, 1, total)).astype(output_ref.dtype)
