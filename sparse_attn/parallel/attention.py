@@ -73,7 +73,7 @@ def moba_attention_sharded(
       max_segments: segments in a row at most, which bounds the table of block means; "dispatch" needs it together with
         segment_ids. A row with more blocks than sequence / block_size + max_segments gives NaN.
       rows_per_round: rows (queries of one head) that "dispatch" sends from shard to shard at a time, for each key/value
-        head; rounds go on until none is left. None: as many as one round takes if all shards are asked alike.
+        head; rounds go on until none is left. None: so many that an even load takes four rounds.
       implementation: as of `moba_attention`.
 
     Returns:

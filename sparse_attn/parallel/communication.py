@@ -25,6 +25,8 @@ Method = Literal["ulysses", "gather", "dispatch", "ulysses+dispatch"]
 METHODS = get_args(Method)
 AxisName = str | tuple[str, ...]
 
+_EVEN_ROUNDS = 4  # rounds that an even load takes. The last round is padded: the fewer rounds, the more of it is air
+
 
 class Bytes(NamedTuple):
     """What one device receives for one call."""
@@ -57,8 +59,8 @@ class Call:
     rows_per_round: int | None
 
     def __post_init__(self) -> None:
-        names = " x ".join(map(repr, self.axis_names))
-        self.layout.stripe_of(self.query.shape[1], names, self.num_shards)
+        names = self.axis_names[0] if len(self.axis_names) == 1 else self.axis_names
+        self.layout.stripe_of(self.query.shape[1], f" along mesh axis {names!r} of size {self.num_shards}")
         if self.layout.stripe is not None and self.layout.stripe % self.block_size:
             raise ValueError(
                 f"layout.stripe must be a multiple of block_size={self.block_size}, got {self.layout.stripe}"
@@ -123,18 +125,26 @@ class Call:
         """Whether every block lies on one shard of the outer axis."""
         return self.segment_ids is None and self.query.shape[1] * self.sizes(method)[1] % self.block_size == 0
 
+    def rows(self, method: Method) -> int:
+        """Queries of the heads that share a key/value head, on one shard of the outer axis."""
+        heads, kv_heads = self.local_heads(method)
+        return self.query.shape[1] * self.sizes(method)[1] * (heads // kv_heads)
+
+    def even_rows(self, method: Method) -> int:
+        """Rows of a key/value head that each shard asks of each other if every row asks as many as it can, evenly."""
+        others = max(self.sizes(method)[0] - 1, 1)
+        asked = min(max(self.top_k - self.is_aligned(method), 1), others)
+        return -(-self.rows(method) * asked // others)
+
     def capacity(self, method: Method) -> int:
         """Rows that a round of dispatch sends to each shard for one key/value head."""
-        outer, inner = self.sizes(method)
-        heads, kv_heads = self.local_heads(method)
-        rows = self.query.shape[1] * inner * (heads // kv_heads)
-        if self.rows_per_round is not None:
-            return min(self.rows_per_round, rows)
-        remote = min(self.top_k - self.is_aligned(method), outer - 1)  # shards that a row asks, at most
-        return max(1, -(-rows * remote // max(outer - 1, 1)))
+        given = self.rows_per_round or -(-self.even_rows(method) // _EVEN_ROUNDS)
+        return min(given, self.rows(method))
 
-    def bytes(self, method: Method, rounds: int) -> Bytes:
+    def bytes(self, method: Method, rounds: int | None = None) -> Bytes:
         """`communication_bytes`."""
+        if rounds is None:
+            rounds = -(-self.even_rows(method) // self.capacity(method))
         outer, inner = self.sizes(method)
         (batch, local_tokens, _, head_dim), value_head_dim = self.query.shape, self.value.shape[3]
         heads, kv_heads = self.local_heads(method)
@@ -167,7 +177,7 @@ def list_dtype(num_blocks: int) -> jnp.dtype:
 def choose_method(call: Call) -> Method:
     """The method that fits and receives the fewest bytes; among equals the first of `METHODS`."""
     fitting = [method for method in METHODS if call.refuses(method) is None]  # "gather" fits always
-    return min(fitting, key=lambda method: sum(call.bytes(method, 1)))
+    return min(fitting, key=lambda method: sum(call.bytes(method)))
 
 
 def communication_bytes(
@@ -183,7 +193,7 @@ def communication_bytes(
     segment_ids: jax.ShapeDtypeStruct | None = None,
     max_segments: int | None = None,
     rows_per_round: int | None = None,
-    rounds: int = 1,
+    rounds: int | None = None,
 ) -> Bytes:
     """Bytes that each device receives in `moba_attention_sharded` and in its backward pass.
 
@@ -195,7 +205,8 @@ def communication_bytes(
       method: as of `moba_attention_sharded`.
       block_size, top_k, layout, segment_ids, max_segments, rows_per_round: as there; only the type of segment_ids
         counts.
-      rounds: of dispatch. One is the least, and enough if all shards are asked alike: rows that do not fit take more.
+      rounds: of dispatch, as many as the busiest pair of devices needs. None: those needed if every query chooses
+        blocks on as many other shards as it can, and all shards are asked alike.
 
     Returns:
       Bytes a device, forward and backward.

@@ -35,18 +35,15 @@ class Layout:
         if self.stripe is not None:
             check_positive("stripe", self.stripe)
 
-    def stripe_of(self, local_tokens: int, axis: str = "sequence", num_shards: int = 1) -> int:
-        """Tokens of a stripe; a contiguous shard is one stripe.
+    def stripe_of(self, local_tokens: int, where: str = "") -> int:
+        """Tokens of a stripe on shards of so many tokens; a contiguous shard is one stripe. `where` is for the error.
 
         Raises:
           ValueError: a shard does not hold whole stripes.
         """
         stripe = local_tokens if self.stripe is None else self.stripe
         if local_tokens % stripe:
-            raise ValueError(
-                f"stripes of {stripe} tokens must divide the {local_tokens} tokens that each of the {num_shards} "
-                f"shards along {axis!r} holds"
-            )
+            raise ValueError(f"stripes of {stripe} tokens must divide the {local_tokens} tokens of a shard{where}")
         return stripe
 
     def positions(self, shard: jax.Array | int, local_tokens: int, num_shards: int) -> jax.Array:
@@ -99,7 +96,7 @@ def _permute(
     num_tokens = array.shape[axis]
     if num_tokens % num_shards:
         raise ValueError(f"num_shards={num_shards} must divide the sequence, got {num_tokens} tokens on axis {axis}")
-    stripe = layout.stripe_of(num_tokens // num_shards, num_shards=num_shards)
+    stripe = layout.stripe_of(num_tokens // num_shards)
     axis %= array.ndim
     outer = order(num_shards, num_tokens // num_shards // stripe)
     stripes = array.reshape(*array.shape[:axis], *outer, stripe, *array.shape[axis + 1 :])
