@@ -37,10 +37,7 @@ SMALL_STEPS = Xla(  # as in `tests.backends`, which starts JAX
     per_query.Sizes(tile_sizes=(4, 2), pairs_per_step=8, logits_per_step=64, rows_per_chunk=8, elements_per_step=1),
 )
 ITEM_BYTES = {"f32": 4, "s32": 4, "s16": 2, "pred": 1}
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(.*?"
-    r"(?:replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])|source_target_pairs)"
-)
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +157,17 @@ def run_on_shards(function, arrays, case):
     return results, program.as_text(), forward and forward.as_text()
 
 
+def group_size(line):
+    """How many devices a collective joins, in each of the ways in which XLA writes it."""
+    if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line)) is not None:
+        return len(listed[1].split(","))
+    if (counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line)) is not None:
+        return int(counted[1])
+    mesh, axes = re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line).groups()
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return int(np.prod([int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes)]))
+
+
 def received(text, rounds):
     """Bytes that a device receives from others in a compiled program whose loops around collectives take `rounds`."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%(\S+) .*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
@@ -171,17 +179,17 @@ def received(text, rounds):
             called = re.findall(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.-]+)", line)
             total += sum(map(count, called)) * (rounds if "body=" in line else 1)
             if (found := COLLECTIVE.search(line)) is not None:
-                result, kind, group, group_size = found.groups()
+                result, kind = found.groups()
                 size = sum(
                     ITEM_BYTES[dtype] * np.prod([int(n) for n in shape.split(",") if n], dtype=int)
                     for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
                 )
-                number = int(group_size) if group_size else len((group or "0").split(","))
+                devices = 1 if kind == "collective-permute" else group_size(line)
                 share = {
-                    "all-reduce": 2 * (number - 1) / number,
-                    "reduce-scatter": number - 1,
+                    "all-reduce": 2 * (devices - 1) / devices,
+                    "reduce-scatter": devices - 1,
                     "collective-permute": 1,
-                }.get(kind, (number - 1) / number)
+                }.get(kind, (devices - 1) / devices)
                 total += share * size
         return total
 

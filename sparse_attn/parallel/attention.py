@@ -116,20 +116,19 @@ def moba_attention_sharded(
     options: dict[str, Any] = {"block_size": at_most(block_size, call.num_tokens), "top_k": top_k, "scale": scale}
     options |= {"implementation": implementation}
     with own_promotion():
-        arrays = [query, key, value]
         if inner is not None:
             trade = functools.partial(_tokens_for_heads, axis_name=inner, layout=layout)
-            arrays = [trade(_repeat_heads(array, inner)) for array in arrays]
+            query, key, value = (trade(_repeat_heads(array, inner)) for array in (query, key, value))
             if segment_ids is not None:
                 segment_ids = gather_sequence(segment_ids, inner, layout)
             layout = layout.of_neighbours(jax.lax.axis_size(inner))
         if outer is None:
-            output = moba_attention(*arrays, is_causal=True, segment_ids=segment_ids, **options)
+            output = moba_attention(query, key, value, is_causal=True, segment_ids=segment_ids, **options)
         elif method == "gather":
-            output = _attend_gathered(*arrays, segment_ids, axis_name=outer, layout=layout, **options)
+            output = _attend_gathered(query, key, value, segment_ids, axis_name=outer, layout=layout, **options)
         else:
             output = attend_dispatched(
-                *arrays, segment_ids, axis_name=outer, layout=layout, num_blocks=call.num_blocks,
+                query, key, value, segment_ids, axis_name=outer, layout=layout, num_blocks=call.num_blocks,
                 rows_per_round=call.capacity(method), **options,
             )  # fmt: skip
         return output if inner is None else _heads_for_tokens(output, inner, call.layout)
