@@ -60,6 +60,7 @@ class Case:
     top_k: int = 3
     ids: str | None = None
     rows_per_round: int | None = None
+    copied_blocks: int = 0
     one_block: bool = False
     implementation: object = "reference"
     has_forward_bytes: bool = False
@@ -74,13 +75,13 @@ class Case:
         packed = {} if self.ids is None else {"max_segments": 4}
         return {
             "method": self.method, "layout": self.layout, "block_size": self.block_size, "top_k": self.top_k,
-            "rows_per_round": self.rows_per_round, **packed,
+            "rows_per_round": self.rows_per_round, "copied_blocks": self.copied_blocks, **packed,
         }  # fmt: skip
 
 
 CASES = (
     Case("gather, grouped heads, documents", (2, 4), "gather", heads=6, ids="sorted"),
-    Case("gather, stripes", (1, 8), "gather", Layout(4), has_forward_bytes=True),
+    Case("gather, stripes", (1, 4, 2), "gather", Layout(4), has_forward_bytes=True),
     Case("ulysses, contiguous", (4, 2), "ulysses"),
     Case("ulysses, few key heads, documents, stripes", (2, 4), "ulysses", Layout(8), ids="sorted",
          has_forward_bytes=True),
@@ -88,6 +89,10 @@ CASES = (
     Case("dispatch, stripes", (2, 4), "dispatch", Layout(8), rows_per_round=5, has_forward_bytes=True),
     Case("dispatch, more devices than blocks", (1, 8), "dispatch", block_size=16, rows_per_round=3),
     Case("dispatch, all to one block", (1, 8), "dispatch", heads=6, one_block=True, rows_per_round=6),
+    Case("dispatch, the first block copied", (1, 8), "dispatch", heads=6, one_block=True, rows_per_round=6,
+         copied_blocks=1),
+    Case("dispatch, blocks copied, stripes", (2, 2, 2), "ulysses+dispatch", Layout(8), rows_per_round=3,
+         copied_blocks=3),
     Case("dispatch, documents", (2, 4), "dispatch", ids="sorted", rows_per_round=8),
     Case("dispatch, documents in no order, stripes", (2, 4), "dispatch", Layout(4), ids="mixed", rows_per_round=7,
          implementation=SMALL_STEPS),
@@ -202,13 +207,17 @@ def rounds_of(case, indices, sequences):
     stripe = (case.layout.stripe or TOKENS // outer // inner) * inner
     shard = np.arange(TOKENS) // stripe % outer
     group = case.heads // max(case.kv_heads, inner)
+    count = np.zeros((case.mesh[0], TOKENS))  # how often a block is chosen from elsewhere
+    for b, h, t in np.ndindex(indices.shape[:3]):
+        for block in indices[b, h, t]:
+            count[b, block] += block >= 0 and shard[block * case.block_size % TOKENS] != shard[t]
+    copied = np.argsort(-count, axis=1, kind="stable")[:, : case.copied_blocks]
     rows = np.zeros((case.mesh[0], case.heads // group, outer, outer), int)
     views = oracle.views(TOKENS, TOKENS, batch_size=case.mesh[0], block_size=case.block_size, **sequences)
     for b, h, t in np.ndindex(indices.shape[:3]):
         view = views[b][t]
-        seen = [
-            token for block in indices[b, h, t] if block >= 0 for token in view.blocks[block] if token in view.visible
-        ]
+        blocks = set(indices[b, h, t]) - {-1, *copied[b]}
+        seen = [token for block in blocks for token in view.blocks[block] if token in view.visible]
         for other in set(shard[seen]) - {shard[t]}:
             rows[b, h // group, shard[t], other] += 1
     return -(-int(rows.max()) // case.rows_per_round)

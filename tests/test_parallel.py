@@ -90,6 +90,8 @@ def trace(axes, *, tokens=64, heads=4, kv_heads=2, packed=False, **options):
         ({"sequence": 8}, {"layout": Layout(16)}, "stripes of 16 tokens must divide the 8 .* 'sequence' of size 8"),
         ({"sequence": 2}, {"layout": Layout(8), "block_size": 16}, "stripe must be a multiple of block_size=16, got 8"),
         ({"sequence": 8}, {"method": "dispatch", "packed": True}, "needs max_segments"),
+        ({"sequence": 8}, {"method": "dispatch", "copied_blocks": 1, "block_size": 16}, "16 must divide the 8 tokens"),
+        ({"sequence": 8}, {"copied_blocks": -1}, "copied_blocks"),
         ({"sequence": 8}, {"method": "ring"}, "method must be one of"),
         ({"sequence": 8}, {"rows_per_round": 0}, "rows_per_round"),
         ({"sequence": 8}, {"max_segments": 0}, "max_segments"),

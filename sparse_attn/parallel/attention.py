@@ -23,6 +23,7 @@ from sparse_attn.checks import (
     Sequences,
     check_attention,
     check_integers,
+    check_not_negative,
     check_one_of,
     check_positive,
     check_self_attention,
@@ -49,6 +50,7 @@ def moba_attention_sharded(
     segment_ids: jax.Array | None = None,
     max_segments: int | None = None,
     rows_per_round: int | None = None,
+    copied_blocks: int = 0,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal `moba_attention` of a sequence whose tokens are split over a mesh axis; call it inside `jax.shard_map`.
@@ -74,6 +76,8 @@ def moba_attention_sharded(
         segment_ids. A row with more blocks than sequence / block_size + max_segments gives NaN.
       rows_per_round: rows (queries of one head) that "dispatch" sends from shard to shard at a time, for each key/value
         head; rounds go on until none is left. None: so many that an even load takes four rounds.
+      copied_blocks: "dispatch" copies so many blocks of each batch row to every device, those that queries of other
+        shards choose most, instead of sending these queries to one shard. Shards must hold whole blocks.
       implementation: as of `moba_attention`.
 
     Returns:
@@ -94,6 +98,7 @@ def moba_attention_sharded(
     for name, number in (("max_segments", max_segments), ("rows_per_round", rows_per_round)):
         if number is not None:
             check_positive(name, number)
+    check_not_negative("copied_blocks", copied_blocks)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     call = Call(
         axis_names=names,
@@ -107,6 +112,7 @@ def moba_attention_sharded(
         segment_ids=None if segment_ids is None else _type_of(segment_ids),
         max_segments=max_segments,
         rows_per_round=rows_per_round,
+        copied_blocks=copied_blocks,
     )
     if method is None:
         method = choose_method(call)
@@ -129,7 +135,7 @@ def moba_attention_sharded(
         else:
             output = attend_dispatched(
                 query, key, value, segment_ids, axis_name=outer, layout=layout, num_blocks=call.num_blocks,
-                rows_per_round=call.capacity(method), **options,
+                rows_per_round=call.capacity(method), copied_blocks=copied_blocks, **options,
             )  # fmt: skip
         return output if inner is None else _heads_for_tokens(output, inner, call.layout)
 

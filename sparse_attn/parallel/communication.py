@@ -57,6 +57,7 @@ class Call:
     segment_ids: jax.ShapeDtypeStruct | None
     max_segments: int | None
     rows_per_round: int | None
+    copied_blocks: int
 
     def __post_init__(self) -> None:
         names = self.axis_names[0] if len(self.axis_names) == 1 else self.axis_names
@@ -114,6 +115,11 @@ class Call:
                 f"method {method!r} with segment_ids needs max_segments: without it the table of block means that "
                 f"every device gathers is as large as all keys"
             )
+        if "dispatch" in method and self.copied_blocks and not self.is_aligned(method):
+            return (
+                f"method {method!r} copies whole blocks: with copied_blocks, block_size={self.block_size} must divide "
+                f"the {self.query.shape[1] * size} tokens of a shard, and there are no segment_ids"
+            )
         return None
 
     def local_heads(self, method: Method) -> tuple[int, int]:
@@ -162,6 +168,11 @@ class Call:
         elif "dispatch" in method:
             means = (outer - 1) / outer * batch * self.num_blocks * kv_heads * head_dim * exact
             forward += means if self.is_aligned(method) else 2 * means
+            if self.copied_blocks:
+                copies = min(self.copied_blocks, self.num_blocks) * self.block_size * kv_heads * sizes * itemsize
+                moved = 2 * (outer - 1) / outer * batch * copies
+                forward += moved + 2 * (outer - 1) / outer * batch * self.num_blocks * 4
+                backward += moved
             rows = rounds * batch * kv_heads * (outer - 1) * self.capacity(method)
             lists = list_dtype(self.num_blocks).itemsize * min(self.top_k, self.num_blocks) + (4 if ids else 0)
             forward += rows * (sizes * itemsize + exact + lists)
@@ -193,6 +204,7 @@ def communication_bytes(
     segment_ids: jax.ShapeDtypeStruct | None = None,
     max_segments: int | None = None,
     rows_per_round: int | None = None,
+    copied_blocks: int = 0,
     rounds: int | None = None,
 ) -> Bytes:
     """Bytes that each device receives in `moba_attention_sharded` and in its backward pass.
@@ -203,8 +215,8 @@ def communication_bytes(
       query, key, value: the shards, or their types (`jax.ShapeDtypeStruct`).
       num_shards: size of the mesh axis, or of both, outer and inner.
       method: as of `moba_attention_sharded`.
-      block_size, top_k, layout, segment_ids, max_segments, rows_per_round: as there; only the type of segment_ids
-        counts.
+      block_size, top_k, layout, segment_ids, max_segments, rows_per_round, copied_blocks: as there; only the type of
+        segment_ids counts.
       rounds: of dispatch, as many as the busiest pair of devices needs. None: those needed if every query chooses
         blocks on as many other shards as it can, and all shards are asked alike.
 
@@ -228,6 +240,7 @@ def communication_bytes(
         segment_ids=segment_ids,
         max_segments=max_segments,
         rows_per_round=rows_per_round,
+        copied_blocks=copied_blocks,
     )
     if (reason := call.refuses(method)) is not None:
         raise ValueError(reason)

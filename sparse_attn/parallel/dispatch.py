@@ -9,6 +9,8 @@ padded, by an all-to-all. As many rounds run as the busiest pair of devices need
 The backward pass sends the same rows by the same plan, with the gradient of the output, the log-sum-exp over all keys
 and delta, and gets the gradient of the query back. Gradients of keys and values add up where the keys are.
 
+Blocks that many ask for, such as a sequence's first, can be copied to every device; nobody travels for those.
+
 A block that straddles shards is several *pieces*. Its mean is the sum of theirs; each shard attends its own.
 """
 
@@ -48,7 +50,8 @@ class _Shard:
       key_place: int32 `[batch, tokens]`, places of the local keys, rising.
       piece_start: int32 `[batch, pieces]`, index of a piece's first key among the local keys.
       piece_length: int32 `[batch, pieces]`, its keys, 0 where there is no such piece.
-      piece_of_block: int32 `[batch, blocks]`, the piece of each block that lies here, -1 for none.
+      piece_of_block: int32 `[batch, blocks]`, the piece of each block that local queries attend, -1 for none.
+      piece_for_visitors: likewise for queries of other shards, who attend copied blocks at home.
       block_size: keys in a full block.
       is_whole: whether every block lies on one shard: pieces are full blocks, one after the other.
     """
@@ -62,6 +65,7 @@ class _Shard:
     piece_start: jax.Array
     piece_length: jax.Array
     piece_of_block: jax.Array
+    piece_for_visitors: jax.Array
     block_size: int = dataclasses.field(metadata={"static": True})
     is_whole: bool = dataclasses.field(metadata={"static": True})
 
@@ -82,16 +86,22 @@ class _Shard:
             is_packed=not self.is_whole,
         )
 
+    def local_choice(self, indices: jax.Array) -> PerQuery:
+        """What the local queries attend here of the blocks they chose, `[batch, heads, tokens, top_k]`."""
+        return self._choice(_look_up(self.piece_of_block, indices, -1), self.stop)
+
     def choice(self, lists: jax.Array, stop: jax.Array | None) -> PerQuery:
-        """What is attended here of lists of blocks.
+        """What visitors attend here.
 
         Args:
           lists: `[batch, heads, queries, top_k]`, blocks of the whole row, -1 for none.
           stop: int32 `[batch, queries]`, the place behind the last key each sees; None: they see all keys here.
         """
-        num_queries, num_keys = lists.shape[2], self.key_place.shape[1]
+        return self._choice(_look_up(self.piece_for_visitors, lists, -1), stop)
+
+    def _choice(self, piece: jax.Array, stop: jax.Array | None) -> PerQuery:
+        num_queries, num_keys = piece.shape[2], self.key_place.shape[1]
         blocks = self.pieces(num_queries, num_keys if stop is None else _search(self.key_place, stop))
-        piece = _look_up(self.piece_of_block, lists, -1)
         is_seen = _look_up(self.piece_start, piece, num_keys) < blocks.stop[:, None, :, None]
         return PerQuery(jnp.where(is_seen, piece, -1), blocks)
 
@@ -147,6 +157,7 @@ def attend_dispatched(
     top_k: int,
     scale: float,
     rows_per_round: int,
+    copied_blocks: int,
     implementation: Implementation | None,
 ) -> jax.Array:
     """`moba_attention_sharded` by dispatch.
@@ -157,7 +168,7 @@ def attend_dispatched(
       axis_name: the mesh axis of the shards.
       num_blocks: upper bound of the blocks of a row.
       rows_per_round: at most the rows there are.
-      layout, block_size, top_k, scale, implementation: as of `moba_attention_sharded`.
+      layout, block_size, top_k, scale, copied_blocks, implementation: as of `moba_attention_sharded`.
     """
     batch, num_tokens = query.shape[:2]
     shard, key_order, is_possible = _lay_out(
@@ -167,6 +178,10 @@ def attend_dispatched(
     key, value = order_keys(key, key_order), order_keys(value, key_order)
     means = _all_means(jax.lax.stop_gradient(key), shard, axis_name, layout)
     indices = _choose(jax.lax.stop_gradient(query), means, shard, top_k, implementation)
+    if copied_blocks:
+        hottest = _hottest(indices, shard, min(copied_blocks, num_blocks), axis_name)
+        key, value = (_with_copies(array, hottest, shard, axis_name) for array in (key, value))
+        shard = _know_copies(shard, hottest)
     journey = _Journey(
         axis_name=axis_name,
         capacity=rows_per_round,
@@ -263,6 +278,7 @@ def _lay_out(
         piece_start=for_each_row(piece_start),
         piece_length=for_each_row(piece_length),
         piece_of_block=for_each_row(piece_of_block),
+        piece_for_visitors=for_each_row(piece_of_block),
         block_size=block_size,
         is_whole=is_whole,
     )
@@ -304,6 +320,43 @@ def _choose(
     return choose(query.astype(means.dtype), means, blocks, top_k, True, implementation)
 
 
+def _hottest(indices: jax.Array, shard: _Shard, number: int, axis_name: AxisName) -> jax.Array:
+    """The blocks that queries on other shards chose most often, int32 `[batch, number]`, the same on every device."""
+    batch, num_blocks = shard.piece_of_block.shape
+    is_remote = (indices >= 0) & (_look_up(shard.piece_of_block, indices, 0) < 0)
+    block = jnp.where(is_remote, indices, num_blocks).reshape(batch, -1)
+    count = jax.vmap(lambda block: jnp.zeros(num_blocks, jnp.int32).at[block].add(1, mode="drop"))(block)
+    return jax.lax.top_k(jax.lax.psum(count, axis_name), number)[1]
+
+
+def _with_copies(array: jax.Array, hottest: jax.Array, shard: _Shard, axis_name: AxisName) -> jax.Array:
+    """Local keys or values `[batch, tokens, kv_heads, x]` behind copies of the hottest blocks."""
+    batch, num_tokens, *rest = array.shape
+    piece = _look_up(shard.piece_of_block, hottest, -1)[..., None, None, None]  # [batch, number, 1, 1, 1]
+    blocks = array.reshape(batch, num_tokens // shard.block_size, shard.block_size, *rest)
+    copies = jnp.where(piece < 0, 0, jnp.take_along_axis(blocks, jnp.maximum(piece, 0), axis=1))
+    copies = vary_alike(jax.lax.psum(copies, axis_name), array)
+    return jnp.concatenate([copies.reshape(batch, -1, *rest), array], axis=1)
+
+
+def _know_copies(shard: _Shard, hottest: jax.Array) -> _Shard:
+    """The shard with copies of whole blocks in front of its keys: nobody travels for these blocks."""
+    batch, number = hottest.shape
+    num_pieces = number + shard.piece_start.shape[1]
+    start = jnp.broadcast_to(jnp.arange(num_pieces, dtype=jnp.int32) * shard.block_size, (batch, num_pieces))
+    piece = jnp.where(shard.piece_of_block < 0, -1, shard.piece_of_block + number)
+    row, copy = jnp.arange(batch)[:, None], jnp.arange(number, dtype=jnp.int32)
+    return dataclasses.replace(
+        shard,
+        first_place=shard.first_place.at[row, hottest].set(NOWHERE),
+        key_place=jnp.pad(shard.key_place, ((0, 0), (number * shard.block_size, 0)), constant_values=-1),  # seen by all
+        piece_start=start,
+        piece_length=jnp.full_like(start, shard.block_size),
+        piece_of_block=piece.at[row, hottest].max(copy),
+        piece_for_visitors=piece.at[row, hottest].set(-1),
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(journey: _Journey, arrays: Arrays, indices: jax.Array, shard: _Shard) -> jax.Array:
     """Attention of the local queries to the chosen blocks, wherever they lie."""
@@ -316,7 +369,7 @@ def _forward(
     query, key, value = arrays
     kv_heads, num_tokens = key.shape[2], query.shape[1]
     run = functools.partial(attend, scale=journey.scale, implementation=journey.implementation)
-    output, log_sum_exp = run(arrays, shard.choice(indices, shard.stop))
+    output, log_sum_exp = run(arrays, shard.local_choice(indices))
     exact = jnp.promote_types(query.dtype, jnp.float32)
     here = as_partial(_to_rows(output.astype(exact), kv_heads), _to_rows(log_sum_exp[..., None], kv_heads)[..., 0])
 
@@ -357,7 +410,7 @@ def _backward(
         return derivatives.pull_back(backend, journey.scale, arrays, choice, results, cotangents)
 
     exact = results[1].dtype
-    gradients = pull_back(arrays, shard.choice(indices, shard.stop), d_output, (results[1], delta))
+    gradients = pull_back(arrays, shard.local_choice(indices), d_output, (results[1], delta))
     here = _to_rows(gradients[0], kv_heads), _to_items(gradients[1]), _to_items(gradients[2])
     rows = _plan(journey, indices, shard, kv_heads)
     keys, values = _to_items(key), _to_items(value)
