@@ -104,6 +104,27 @@ def test_what_does_not_fit_is_named(axes, options, message):
         trace(axes, **options)
 
 
+def test_the_call_stands_in_a_shard_map_over_the_whole_mesh():
+    shard = jax.ShapeDtypeStruct((1, 8, 2, 4), jnp.float32)
+    mesh = AbstractMesh((2, 4), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec(None, "sequence")
+
+    def call(query, axis_name):
+        return moba_attention_sharded(query, query, query, axis_name=axis_name, block_size=2, top_k=2)
+
+    def trace(axes, axis_name):
+        function = functools.partial(call, axis_name=axis_name)
+        split = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes)
+        return jax.eval_shape(split, shard)
+
+    with pytest.raises(ValueError, match=r"every axis of the mesh, got it without \{'data': 2\}"):
+        trace({"sequence"}, "sequence")
+    with pytest.raises(ValueError, match=r"axis_name must be of a jax.shard_map .* got 'tokens'"):
+        trace({"data", "sequence"}, "tokens")
+    with pytest.raises(ValueError, match=r"axis_name must be of a jax.shard_map .* got 'sequence'"):
+        jax.eval_shape(functools.partial(call, axis_name="sequence"), shard)
+
+
 def test_what_fits_traces():
     assert trace({"sequence": 8}).shape == (1, 64, 4, 4)
     assert trace({"x": 2, "y": 4}, packed=True, max_segments=3).shape == (1, 64, 4, 4)

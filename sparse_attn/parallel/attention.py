@@ -100,6 +100,7 @@ def moba_attention_sharded(
             check_positive(name, number)
     check_not_negative("copied_blocks", copied_blocks)
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    _check_axes(names)
     call = Call(
         axis_names=names,
         axis_sizes=tuple(map(jax.lax.axis_size, names)),
@@ -138,6 +139,17 @@ def moba_attention_sharded(
                 rows_per_round=call.capacity(method), copied_blocks=copied_blocks, **options,
             )  # fmt: skip
         return output if inner is None else _heads_for_tokens(output, inner, call.layout)
+
+
+def _check_axes(names: tuple[str, ...]) -> None:
+    """The call stands inside a `jax.shard_map` that splits the sequence and leaves no axis of the mesh to others."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for name in names:
+        if name not in mesh.manual_axes:
+            raise ValueError(f"axis_name must be of a jax.shard_map around the call, {mesh.manual_axes}, got {name!r}")
+    left = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes and size > 1}
+    if left:
+        raise ValueError(f"the jax.shard_map around the call must take every axis of the mesh, got it without {left}")
 
 
 def _type_of(array: jax.Array) -> jax.ShapeDtypeStruct:
