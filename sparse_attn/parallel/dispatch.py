@@ -459,11 +459,10 @@ def _plan(journey: _Journey, indices: jax.Array, shard: _Shard, kv_heads: int) -
     most = goes.sum(1).max()
     everywhere = tuple(sorted(varying(most) | set(_names(journey.axis_name))))
     rounds = jax.lax.pmax(-(-most // journey.capacity), everywhere)
-    slots = -(-num_rows // journey.capacity) * journey.capacity
-    slot = jnp.where(goes, jnp.cumsum(goes, axis=1) - 1, slots)  # [batch * kv_heads, rows, shards]
-    row, to = jnp.arange(num_rows, dtype=jnp.int32)[:, None], jnp.arange(shards)[None]
-    empty = jnp.full((shards, slots), num_rows, jnp.int32)
-    of_slot = jax.vmap(lambda slot: empty.at[to, slot].set(row, mode="drop", unique_indices=True))(slot)
+    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    of_slot = jnp.sort(jnp.where(goes, row, num_rows), axis=1).swapaxes(1, 2)  # those that go first, in order
+    padding = ((0, 0), (0, 0), (0, -num_rows % journey.capacity))
+    of_slot = jnp.pad(of_slot, padding, constant_values=num_rows)
     stop = jnp.broadcast_to(shard.stop[:, :, None, None], (batch, num_tokens, num_heads, 1))
     return _Rows(_to_rows(indices, kv_heads), _to_rows(stop, kv_heads), of_slot, rounds)
 
