@@ -287,10 +287,26 @@ def run_halo(case, window_size):
     return differences(results, (output, *pull_back(d_output)))
 
 
+def too_many_documents():
+    """Of two rows, one with more documents than max_segments: its share of NaN, and the other's difference."""
+    case = Case("", (1, 8), "dispatch")
+    query, key, value = (np.tile(array, (2, 1, 1, 1)) for array in draw(case)[0][:3])
+    ids = np.stack([np.zeros(TOKENS), np.arange(TOKENS) // 3]).astype(np.int32)
+
+    def attend(query, key, value, ids, axis_name):
+        options = {**case.sizes, "max_segments": 1, "implementation": "reference"}
+        return moba_attention_sharded(query, key, value, axis_name=axis_name, segment_ids=ids, **options)
+
+    (output, *_), _, _ = run_on_shards(attend, (query, query, key, value, ids), case)
+    expected = oracle.moba(query[:1], key[:1], value[:1], block_size=case.block_size, top_k=case.top_k)
+    return [float(np.isnan(output[1]).mean()), float(np.abs(output[0] - expected[0]).max())]
+
+
 def main():
     jax.config.update("jax_num_cpu_devices", 8)
     result = {case.name: run(case) for case in CASES}
     result |= {case.name: run_halo(case, window_size) for case, window_size in HALOS}
+    result["too many documents"] = too_many_documents()
     print(json.dumps(result))
 
 

@@ -59,6 +59,12 @@ def test_what_looks_back_a_few_tokens_finds_them_on_other_shards(name):
     assert max(found.values()) < 1e-5
 
 
+def test_a_row_with_more_documents_than_promised_is_nan_and_no_other():
+    share_of_nan, difference = results()["too many documents"]
+    assert share_of_nan == 1
+    assert difference < 1e-5
+
+
 def trace(axes, *, tokens=64, heads=4, kv_heads=2, packed=False, **options):
     """Traces a call on a mesh of the axes given, name -> size; tokens are those of the whole sequence."""
     mesh = AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))

@@ -73,7 +73,7 @@ def moba_attention_sharded(
       segment_ids: int `[batch, local_tokens]`, the shard's part of packed documents: tokens of equal id form one
         segment, wherever they lie; blocks restart at each, and none sees another.
       max_segments: segments in a row at most, which bounds the table of block means; "dispatch" needs it together with
-        segment_ids. A row with more blocks than sequence / block_size + max_segments gives NaN.
+        segment_ids. A row with more blocks than so many segments can have gives NaN there.
       rows_per_round: rows (queries of one head) that "dispatch" sends from shard to shard at a time, for each key/value
         head; rounds go on until none is left. None: so many that an even load takes four rounds.
       copied_blocks: "dispatch" copies so many blocks of each batch row to every device, those that queries of other

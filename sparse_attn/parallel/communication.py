@@ -9,7 +9,9 @@ key/value heads of size d, c bytes a number, blocks of B, forward and for each r
     dispatch    R (P-1) C g (2 d c + 4 + list) + (P-1)/P N/B g d 4     R rounds of C rows; list: the ids of top_k blocks
 
 The backward pass of the first two moves as much again. That of dispatch sends the query, its output's gradient and two
-numbers, and gets the query's gradient back; the gradients of keys and values stay where the keys are.
+numbers, and gets the query's gradient back; the gradients of keys and values stay where the keys are. Where blocks
+straddle shards, as with documents, the means are an all-reduce: twice as much. Documents add their ids, once a token,
+and 4 bytes a row; copied blocks add an all-reduce of their keys and values, both ways.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ Method = Literal["ulysses", "gather", "dispatch", "ulysses+dispatch"]
 METHODS = get_args(Method)
 AxisName = str | tuple[str, ...]
 
-_EVEN_ROUNDS = 4  # rounds that an even load takes. The last round is padded: the fewer rounds, the more of it is air
+_EVEN_ROUNDS = 4  # rounds that an even load takes. The last round is padded: fewer would waste more
 
 
 class Bytes(NamedTuple):

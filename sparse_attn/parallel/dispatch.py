@@ -457,7 +457,8 @@ def _plan(journey: _Journey, indices: jax.Array, shard: _Shard, kv_heads: int) -
 
     num_rows = goes.shape[1]
     most = goes.sum(1).max()
-    everywhere = tuple(sorted(varying(most) | set(_names(journey.axis_name))))
+    # All devices that run the loop, even those with other rows of the batch, for it has collectives in it.
+    everywhere = tuple(sorted(varying(most))) or jax.sharding.get_abstract_mesh().manual_axes  # without check_vma
     rounds = jax.lax.pmax(-(-most // journey.capacity), everywhere)
     row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
     of_slot = jnp.sort(jnp.where(goes, row, num_rows), axis=1).swapaxes(1, 2)  # those that go first, in order
@@ -559,7 +560,3 @@ def _look_up(table: jax.Array, ids: jax.Array, none: int) -> jax.Array:
 def _search(rising: jax.Array, numbers: jax.Array) -> jax.Array:
     """How many entries of `[batch, n]` are less than each number `[batch, m]`; int32."""
     return jax.vmap(jnp.searchsorted)(rising, numbers).astype(jnp.int32)
-
-
-def _names(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else axis_name
