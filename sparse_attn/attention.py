@@ -92,7 +92,7 @@ def moba_attention(
 
     def call(query: jax.Array, key: jax.Array, value: jax.Array, sequences: Sequences) -> jax.Array:
         query, (key, value), blocks = _prepare(query, (key, value), sequences, block_size, is_causal)
-        indices = _choose(query, key, blocks, top_k, is_causal, implementation)
+        indices = choose(query, key, blocks, top_k, is_causal, implementation)
         return attend((query, key, value), PerQuery(indices, blocks), scale, implementation)[0].astype(query.dtype)
 
     return over_explicit_axes(call, (query, key, value, sequences), ("b.h", "b.k", "b.k", "b"), "b.h")
@@ -140,7 +140,7 @@ def route_moba(
 
     def call(query: jax.Array, key: jax.Array, sequences: Sequences) -> jax.Array:
         query, (key,), blocks = _prepare(query, (key,), sequences, block_size, is_causal)
-        return _choose(query, key, blocks, top_k, is_causal, implementation)
+        return choose(query, key, blocks, top_k, is_causal, implementation)
 
     indices = over_explicit_axes(call, (query, key, sequences), ("b.h", "b.k", "b"), "bh")
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, 0), (0, top_k - indices.shape[-1])), constant_values=-1)
@@ -254,7 +254,7 @@ def attend(arrays: Arrays, choice: Choice, scale: float, implementation: Impleme
     return derivatives.attend(backend, arrays, choice, scale)
 
 
-def _choose(
+def choose(
     query: jax.Array,
     key: jax.Array,
     blocks: Blocks,

@@ -27,7 +27,7 @@ def causal_key_convolution(key: jax.Array, kernel: jax.Array, segment_ids: jax.A
       ValueError: an argument has a wrong shape or dtype.
     """
     key, kernel = map(jnp.asarray, (key, kernel))
-    _check(key, kernel)
+    check_convolution(key, kernel)
     segment_ids = check_integers("segment_ids", segment_ids, key.shape[:2])
     return over_explicit_axes(_convolve, (key, kernel, segment_ids), ("b.k", ".k", "b"), "b.k")
 
@@ -51,7 +51,8 @@ def _shift(array: jax.Array, lag: int) -> jax.Array:
     return jnp.pad(array[:, :-lag], ((0, 0), (lag, 0)) + ((0, 0),) * (array.ndim - 2))
 
 
-def _check(key: jax.Array, kernel: jax.Array) -> None:
+def check_convolution(key: jax.Array, kernel: jax.Array) -> None:
+    """Keys and the kernel of their convolution."""
     if key.ndim != 4 or not jnp.issubdtype(key.dtype, jnp.floating):
         raise ValueError(f"key must be a float [batch, sequence, kv_heads, head_dim], got {key.dtype}{key.shape}")
     if kernel.shape[1:] != key.shape[2:] or kernel.ndim != 3 or kernel.shape[0] < 1:

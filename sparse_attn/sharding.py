@@ -33,10 +33,10 @@ def vary_alike(tree: Any, *like: Any) -> Any:
     Inside `jax.shard_map` the type of an array says over which axes its values differ between devices, and a loop must
     end with the types it began with; constants vary over none. Elsewhere this does nothing.
     """
-    axes = frozenset[str]().union(*(_varying(leaf) for leaf in jax.tree.leaves((tree, like))))
+    axes = frozenset[str]().union(*(varying(leaf) for leaf in jax.tree.leaves((tree, like))))
 
     def vary(array: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _varying(array)))
+        missing = tuple(sorted(axes - varying(array)))
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     return jax.tree.map(vary, tree)
@@ -256,6 +256,6 @@ def _words(prefix: Any, tree: Any) -> list[str]:
     return jax.tree.leaves(jax.tree.map(lambda word, part: jax.tree.map(lambda _: word, part), prefix, tree))
 
 
-def _varying(array: jax.Array) -> frozenset[str]:
+def varying(array: jax.Array) -> frozenset[str]:
     """The manual mesh axes over which an array varies."""
     return jax.typeof(array).manual_axis_type.varying

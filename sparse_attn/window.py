@@ -147,9 +147,13 @@ def attend_window(
     *,
     window_size: int,
     scale: float,
+    num_absent: jax.Array | None = None,
     sizes: Sizes = Sizes(),
 ) -> jax.Array:
-    """`sliding_window_attention` of checked arguments, cut into chunks of the given sizes."""
+    """`sliding_window_attention` of checked arguments, cut into chunks of the given sizes.
+
+    The first num_absent tokens of a row, int `[batch]`, are not there: nobody sees them.
+    """
     batch, num_tokens, num_heads, head_dim = query.shape
     kv_heads = key.shape[2]
     lookback = at_most(window_size, num_tokens) - 1  # keys before a chunk that its first query sees
@@ -176,15 +180,16 @@ def attend_window(
 
     key, value = with_lookback(cut(key)), with_lookback(cut(value))  # [batch, chunks, lookback + chunk, kv_heads, d]
     key_place = jnp.arange(-lookback, chunk)[None]  # [1, lookback + chunk], within a chunk
-    key_exists = jnp.arange(num_chunks)[:, None] * chunk + key_place >= 0  # [chunks, lookback + chunk]
+    place = (jnp.arange(num_chunks)[:, None] * chunk + key_place)[None]  # [1, chunks, lookback + chunk]
+    key_exists = place >= (0 if num_absent is None else num_absent[:, None, None])  # [batch or 1, chunks, ...]
     segments = None if segment_ids is None else cut(segment_ids)
     key_segments = None if segments is None else with_lookback(segments)
 
     def attend(first: jax.Array | int, query: jax.Array, segments: jax.Array | None) -> jax.Array:
         """The queries `[batch, chunks, part, kv_heads, group, d]` at `first` and after in every chunk."""
         logits = jnp.einsum("bntkgd,bnskd->bnkgts", query, key, preferred_element_type=accurate) * scale
-        distance = ((first + jnp.arange(part))[:, None] - key_place)[None]  # [1, part, lookback + chunk]
-        is_seen = ((distance >= 0) & (distance < window_size) & key_exists[:, None])[None]  # [1, chunks, part, ...]
+        distance = ((first + jnp.arange(part))[:, None] - key_place)[None, None]  # [1, 1, part, lookback + chunk]
+        is_seen = (distance >= 0) & (distance < window_size) & key_exists[:, :, None]  # [batch or 1, chunks, part, ...]
         if segments is not None and key_segments is not None:
             is_seen &= segments[:, :, :, None] == key_segments[:, :, None]
         logits = jnp.where(is_seen[:, :, None, None], logits, jnp.asarray(_OUT_OF_SIGHT, accurate))

@@ -3,14 +3,18 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
 import sparse_attn
-from tests import cases
-from tests.backends import every_plain_backend
-from tests.test_attention import compiled, inputs, select
+from sparse_attn.attend import derivatives
+from sparse_attn.attend.backends import XLA, resolve
+from sparse_attn.attend.choice import PerQuery
+from tests import attend, cases, oracle
+from tests.backends import BACKENDS, every_backend, every_plain_backend
+from tests.test_attention import case_for, compiled, inputs, select
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 
@@ -102,3 +106,28 @@ def test_long_sequences_equal_the_reference_in_choice_output_and_gradients(case)
     expected_choice, expected = call(*arrays.values(), sequences, implementation="reference")
     np.testing.assert_array_equal(chosen, expected_choice)
     jax.tree.map(lambda a, e: cases.assert_close(a, e, case.dtype), actual, expected)
+
+
+@every_backend
+def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all_of_them(backend):
+    """What shards do that attend queries of others: each from its own keys and the results over all keys."""
+    case = case_for(backend, "lengths")
+    arrays, sequences, foreign = inputs(case)
+    query, key, value, d_output = arrays.values()
+    scale = case.head_dim**-0.5
+
+    chosen = resolve(BACKENDS[backend]())
+    prepared, blocks = attend.prepare(case, query, key, value, sequences)
+    results = jax.jit(derivatives.attend, static_argnums=(0, 3))(XLA, prepared, PerQuery(foreign, blocks), scale)
+
+    @jax.jit
+    def gradients(indices):
+        cotangents = d_output.astype(results[0].dtype), jnp.zeros_like(results[1])
+        return derivatives.pull_back(chosen, scale, prepared, PerQuery(indices, blocks), results, cotangents)
+
+    parts = (gradients(np.where(is_part, foreign, -1)) for is_part in (foreign % 2 == 0, foreign % 2 == 1))
+    actual = jax.tree.map(jnp.add, *parts)
+    mask = attend.mask_of(case, foreign, sequences)
+    _, expected = oracle.attention(query, key, value, mask, scale=scale, d_output=d_output)
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        cases.assert_close(gradient, expected_gradient, case.dtype)

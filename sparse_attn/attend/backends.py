@@ -25,7 +25,7 @@ from pallas_kernels.few_rows import num_rows
 from sparse_attn import reference
 from sparse_attn.attend import cached, per_query, per_tile, route
 from sparse_attn.attend.choice import Choice, PerQuery, PerTile
-from sparse_attn.attend.derivatives import Backend
+from sparse_attn.attend.derivatives import Backend, output_gradient
 from sparse_attn.attend.platform import ByPlatform
 
 if TYPE_CHECKING:
@@ -57,8 +57,15 @@ class Reference:
         return reference.masked_attention(*arrays, choice.mask(), scale=scale, key_log_weight=weight)
 
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
+        """Autodiff of `forward`. Where the results are over more keys, these have the share exp(own - lse) of them."""
         forward = functools.partial(self.forward, choice=choice, scale=scale)
-        return jax.vjp(forward, arrays)[1](cotangents)[0]
+        (own_output, own_log_sum_exp), pull_back = jax.vjp(forward, arrays)
+        d_output, delta = output_gradient(arrays, results, cotangents)
+        is_empty = jnp.isneginf(own_log_sum_exp)
+        share = jnp.where(is_empty, 0, jnp.exp(own_log_sum_exp - jnp.where(is_empty, 0, results[1])))
+        d_output = d_output.astype(own_output.dtype)
+        d_log_sum_exp = share * ((d_output * own_output).sum(-1) - delta)
+        return pull_back((share[..., None] * d_output, d_log_sum_exp))[0]
 
     def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> None:
         """It does every call."""

@@ -65,7 +65,10 @@ class Backend(Protocol):
         """Output and log-sum-exp."""
 
     def backward(self, arrays: Arrays, choice: Choice, results: Results, cotangents: Results, scale: float) -> Arrays:
-        """Gradients of query, key and value, given those of the results."""
+        """Gradients of query, key and value, given those of the results.
+
+        The results may be over more keys than the choice: the gradients are then this choice's part of the whole.
+        """
 
     def refuses_decode(self, arrays: Arrays, indices: jax.Array) -> str | None:
         """Why it cannot `decode`, in words; None if it can."""
@@ -234,12 +237,12 @@ def _transpose_tangent(
 ) -> list:
     """The backward pass."""
 
-    def pull_back(known: list[jax.Array], cotangents: tuple) -> Arrays:
-        return _pull_back(backend, scale, *tree.unflatten(known), vary_alike(cotangents, known))
+    def pull(known: list[jax.Array], cotangents: tuple) -> Arrays:
+        return pull_back(backend, scale, *tree.unflatten(known), vary_alike(cotangents, known))
 
     for _ in range(num_vmaps):
-        pull_back = jax.vmap(pull_back)
-    gradients = pull_back(list(operands[:-3]), tuple(map(ad.instantiate_zeros, cotangents)))
+        pull = jax.vmap(pull)
+    gradients = pull(list(operands[:-3]), tuple(map(ad.instantiate_zeros, cotangents)))
     return [None] * (len(operands) - 3) + [
         gradient if ad.is_undefined_primal(operand) else None
         for gradient, operand in zip(gradients, operands[-3:], strict=True)
@@ -253,9 +256,14 @@ def _batch_tangent(operands: tuple, axes: tuple, *, num_vmaps: int, **options: A
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pull_back(
+def pull_back(
     backend: Backend, scale: float, arrays: Arrays, choice: Choice, results: Results, cotangents: Results
 ) -> Arrays:
+    """Gradients of the arrays, given the results and theirs: the backward pass, itself differentiable.
+
+    The results may be over more keys than the choice, see `Backend.backward`; then there is no derivative of this.
+    """
+
     def backward(arrays: Arrays, choice: Choice, results: Results, cotangents: Results) -> Arrays:
         return backend.backward(arrays, choice, results, cotangents, scale)
 
@@ -266,7 +274,7 @@ def _pull_back(
     return over_auto_axes(backward, operands, axes, _ARRAY_AXES, group=_group(arrays))
 
 
-@_pull_back.defjvp
+@pull_back.defjvp
 def _pull_back_jvp(backend: Backend, scale: float, primals: tuple, tangents: tuple) -> tuple[Arrays, Arrays]:
     arrays, choice, results, cotangents = primals
 
@@ -274,4 +282,4 @@ def _pull_back_jvp(backend: Backend, scale: float, primals: tuple, tangents: tup
         return jax.vjp(functools.partial(_dense, scale, choice, results), *arrays)[1](cotangents)
 
     _, tangent = jax.jvp(gradients, (arrays, cotangents), (tangents[0], tangents[3]))
-    return _pull_back(backend, scale, *primals), tangent
+    return pull_back(backend, scale, *primals), tangent
