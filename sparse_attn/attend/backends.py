@@ -5,14 +5,14 @@
     "xla"           `Xla`: the sparse path in plain JAX, sized by platform       everything
     "pallas"        `TpuKernels` or `TritonKernels`                              TPU; NVIDIA GPU
     "mosaic"        `MosaicKernels`                                              Hopper GPU, jax 0.11 or newer
-    None            `TpuKernels` where they can do the call, else `Xla`          everything
+    None            what `VERIFIED` names for the kind of device, else `Xla`     everything
 
-The GPU kernels have run on no GPU yet, so None does not take them.
+Defaults follow evidence: None takes kernels only where a committed run of `python -m experiments verify` found them
+right. Who names a kernel gets it, elsewhere with a warning.
 """
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,8 +30,14 @@ from sparse_attn.attend.platform import ByPlatform
 if TYPE_CHECKING:
     from pallas_kernels.tpu.routing import RoutingConfig
 
-Name = Literal["reference", "xla", "pallas", "mosaic"]
+Kernels = Literal["pallas", "mosaic"]
+Name = Literal["reference", "xla", Kernels]
 Implementation = Name | Backend
+
+# The implementation that None takes on a kind of device, `jax.Device.device_kind`. An entry needs the file that
+# `python -m experiments verify` wrote on such a device, experiments/results/KIND/verify.json, with spaces in KIND as
+# underscores. Empty: no kernel has run on its chip yet.
+VERIFIED: dict[str, Kernels] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +217,6 @@ class _GpuKernels(_Kernels):
     def _refuses_query(self, query: jax.Array) -> str | None:
         raise NotImplementedError
 
-    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
-        if not self.interpret:
-            warnings.warn(
-                "the GPU kernels are compiled and interpreted in tests but have not run on a GPU yet; "
-                "implementation='xla' is the proven path",
-                stacklevel=2,
-            )
-        return super()._per_query(attend, arrays, choice, *rest)
-
 
 @dataclasses.dataclass(frozen=True)
 class TritonKernels(_GpuKernels):
@@ -296,6 +293,12 @@ class MosaicKernels(_GpuKernels):
         return self._per_query(attend_backward, arrays, choice, results, cotangents, scale)
 
 
+_KERNELS: dict[Kernels, tuple[Backend, ...]] = {
+    "pallas": (TpuKernels(), TritonKernels()),
+    "mosaic": (MosaicKernels(),),
+}
+
+
 def resolve(implementation: Implementation | None) -> Backend:
     """The backend of that name, or the one given.
 
@@ -303,18 +306,20 @@ def resolve(implementation: Implementation | None) -> Backend:
       ValueError: there is none of that name.
     """
     if implementation is None:
-        return ByPlatform((TpuKernels(), *XLA.backends))
+        by_kind = [(kind, backend) for kind, name in VERIFIED.items() for backend in _KERNELS[name]]
+        return ByPlatform(XLA.backends, tuple(by_kind))
     if isinstance(implementation, Backend):
-        return implementation if implementation.has_effects else ByPlatform((implementation,))
+        if implementation.has_effects:
+            return implementation
+        return ByPlatform((implementation,), proven=frozenset() if isinstance(implementation, _Kernels) else None)
     if implementation not in get_args(Name):
         raise ValueError(f"implementation must be None, a backend or one of {get_args(Name)}, got {implementation!r}")
-    named: dict[str, Backend] = {
-        "reference": Reference(),
-        "xla": XLA,
-        "pallas": ByPlatform((TpuKernels(), TritonKernels())),
-        "mosaic": ByPlatform((MosaicKernels(),)),
-    }
-    return named[implementation]
+    if implementation == "reference":
+        return Reference()
+    if implementation == "xla":
+        return XLA
+    kinds = frozenset(kind for kind, name in VERIFIED.items() if name == implementation)
+    return ByPlatform(_KERNELS[implementation], proven=kinds)
 
 
 def _lists(choice: PerTile) -> jax.Array:
