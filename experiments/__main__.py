@@ -12,6 +12,7 @@ COMMANDS = {
     "reproduce": "run every study of a preset, then write its report",
     "report": "write the report from the studies' files",
     "benchmark": "time and memory against dense attention",
+    "verify": "is it right on this machine, and what is fastest? two minutes",
     "on_device": "test and time the GPU kernels on this machine's GPU",
     "compare_torch": "time PyTorch's flash attention on the problems of on_device",
     "roofline": "what the GPU kernels should cost, by arithmetic",
@@ -42,7 +43,11 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("experiments").setLevel(logging.INFO)
     name, options = arguments[0], arguments[1:]
     try:  # imports stand here, so that the usage above needs none of them and a missing package is reported below
-        if name == "on_device":  # for machines that have JAX and none of the extras
+        if name == "verify":  # for machines that have JAX and none of the extras
+            from experiments.kernels import verify
+
+            return verify.main(options)
+        if name == "on_device":  # likewise
             from experiments.kernels import on_device
 
             on_device.main(options)
