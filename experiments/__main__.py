@@ -13,7 +13,7 @@ COMMANDS = {
     "report": "write the report from the studies' files",
     "benchmark": "time and memory against dense attention",
     "verify": "is it right on this machine, and what is fastest? two minutes",
-    "on_device": "test and time the GPU kernels on this machine's GPU",
+    "on_device": "verify, tune and time the kernels on a lent machine, within a time budget",
     "compare_torch": "time PyTorch's flash attention on the problems of on_device",
     "roofline": "what the GPU kernels should cost, by arithmetic",
     "tpu_report": "static estimates of the TPU kernels; needs no TPU",
@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> int:
         if name == "on_device":  # likewise
             from experiments.kernels import on_device
 
-            on_device.main(options)
-        elif name == "compare_torch":  # likewise, with PyTorch
+            return on_device.main(options)
+        if name == "compare_torch":  # likewise, with PyTorch
             from experiments.kernels import compare_torch
 
             compare_torch.main(options)

@@ -1,6 +1,7 @@
 """What MoBA must give, in float64 NumPy, for thousands of tokens: the choice of all queries, results of some rows.
 
-Written from the numbered semantics (`sparse_attn/reference.py`); shares no code with the library. Causal self-attention of one row of the batch, packed with segments in the order of their ids or not.
+Written from the numbered semantics (`sparse_attn/reference.py`); shares no code with the library. For causal
+self-attention of one row of the batch, which may be packed with segments in the order of their ids.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -10,9 +10,9 @@ Step = dict[str, Any]
 
 
 def run_steps(
-    run: Callable[[Step], dict[str, Any]], steps: Sequence[Step], seconds: float, deadline: float
+    run: Callable[[Step], dict[str, Any]], steps: Iterable[Step], seconds: float, deadline: float
 ) -> Iterator[tuple[Step, dict[str, Any]]]:
-    """Every step with its outcome, in order and as they come.
+    """Every step with its outcome, in order and as they come; a step is asked for when the one before is done.
 
     One process runs step after step, for starting JAX takes long; a new one begins behind a step that ended it.
 
@@ -23,45 +23,62 @@ def run_steps(
       deadline: of `time.monotonic`; a step that would begin later is left out, one that is running then is stopped.
 
     Returns:
-      What `run` returned, or {"failed": why}, or {"left_out": why}.
+      What `run` returned, or {"refused": why}, {"failed": why} or {"left_out": why}.
     """
-    first = 0
-    while first < len(steps):
-        if time.monotonic() >= deadline:
-            yield steps[first], {"left_out": "the time was up"}
-            first += 1
-            continue
+    worker: _Worker | None = None
+    try:
+        for step in steps:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                yield step, {"left_out": "the time was up"}
+                continue
+            worker = worker or _Worker(run)
+            outcome = worker.ask(step, min(seconds, left))
+            if outcome is None and left > seconds:
+                outcome = {"failed": f"hung: no answer in {seconds:.0f} s"}
+                worker.stop()
+            elif outcome is None:
+                outcome = {"left_out": "the time was up"}
+                worker.stop()
+            if not worker.process.is_alive():
+                worker = None
+            yield step, outcome
+    finally:
+        if worker is not None:
+            worker.stop()
+
+
+class _Worker:
+    """A fresh process that runs steps."""
+
+    def __init__(self, run: Callable[[Step], dict[str, Any]]):
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(theirs, run, steps[first:]), daemon=True)
-        worker.start()
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, run), daemon=True)
+        self.process.start()
         theirs.close()
+
+    def ask(self, step: Step, seconds: float) -> dict[str, Any] | None:
+        """The outcome; None if there is none by then."""
         try:
-            while first < len(steps):
-                left = deadline - time.monotonic()
-                if not ours.poll(max(0.0, min(seconds, left))):
-                    is_hung = left > seconds
-                    why = f"hung: no answer in {seconds:.0f} s" if is_hung else "the time was up"
-                    yield steps[first], {"failed" if is_hung else "left_out": why}
-                    first += 1
-                    break
-                try:
-                    outcome = ours.recv()
-                except EOFError:
-                    worker.join()
-                    yield steps[first], {"failed": f"crashed: the process ended with status {worker.exitcode}"}
-                    first += 1
-                    break
-                yield steps[first], outcome
-                first += 1
-        finally:
-            worker.kill()
-            worker.join()
-            ours.close()
+            self.connection.send(step)
+            return self.connection.recv() if self.connection.poll(seconds) else None
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            return {"failed": f"crashed: the process ended with status {self.process.exitcode}"}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
-def _work(connection: Connection, run: Callable[[Step], dict[str, Any]], steps: Sequence[Step]) -> None:
-    for step in steps:
+def _work(connection: Connection, run: Callable[[Step], dict[str, Any]]) -> None:
+    while True:
+        try:
+            step = connection.recv()
+        except EOFError:
+            return
         try:
             outcome = run(step)
         except NotImplementedError as error:
