@@ -104,15 +104,17 @@ class Xla:
         return per_tile.backward(arrays, choice, results, cotangents, scale, self.per_tile_sizes)
 
 
-# On a CPU a step should stay near the cache, elsewhere it should fill the machine.
+# On a CPU a step should stay near the cache. Elsewhere it should fill the machine and steps be few, for each costs
+# launches and perhaps a word with the host: a call may take this memory beside its inputs and outputs.
+STEP_BYTES = 3 * 2**30
 _LARGE = 2**26
 XLA = ByPlatform(
     (
         Xla(platforms=("cpu",)),
         Xla(
-            route.Sizes(elements_per_step=_LARGE),
-            per_query.Sizes(elements_per_step=_LARGE),
-            per_tile.Sizes(elements_per_step=_LARGE),
+            route.Sizes(step_bytes=STEP_BYTES),
+            per_query.Sizes(tile_sizes=(128, 64, 32, 16, 8), step_bytes=STEP_BYTES),
+            per_tile.Sizes(logits_per_step=_LARGE, elements_per_step=_LARGE),
         ),
     )
 )
