@@ -3,9 +3,16 @@
     name            backend                                                      runs on
     "reference"     `Reference`: dense masks, in plain JAX                       everything
     "xla"           `Xla`: the sparse path in plain JAX, sized by platform       everything
-    "pallas"        `TpuKernels` or `TritonKernels`                              TPU; NVIDIA GPU
-    "mosaic"        `MosaicKernels`                                              Hopper GPU, jax 0.11 or newer
+    "pallas"        `TpuKernels`; `TritonKernels`, else `MosaicKernels`          TPU; NVIDIA GPU
+    "mosaic"        `MosaicKernels`                                              Hopper GPU
     None            what `VERIFIED` names for the kind of device, else `Xla`     everything
+
+Which JAX has which kernels, all others alike:
+
+    jax             Triton                      Mosaic GPU
+    0.10            yes                         no
+    0.11, 0.12      yes, its end is announced   yes
+    newer           once it is gone, no         yes; what Triton did for it is done in plain JAX
 
 Defaults follow evidence: None takes kernels only where a committed run of `python -m experiments verify` found them
 right. Who names a kernel gets it, elsewhere with a warning.
@@ -261,11 +268,11 @@ class TritonKernels(_GpuKernels):
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKernels(_GpuKernels):
-    """The Mosaic GPU kernels for Hopper, with the Triton router. They have run on no GPU yet.
+    """The Mosaic GPU kernels for Hopper, with the Triton router and merge. They have run on no GPU yet.
 
     Attributes:
       config: sizes of the kernels.
-      router: what routes.
+      router: what routes, where JAX has Triton; else the XLA path does.
       interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
     """
 
@@ -279,10 +286,15 @@ class MosaicKernels(_GpuKernels):
         return mosaic_tiles.refuses(query)
 
     def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
-        return self.router.refuses_route(query, top_k)
+        return self._router().refuses_route(query, top_k)
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
-        return self.router.route(query, key, blocks, top_k, is_causal)
+        return self._router().route(query, key, blocks, top_k, is_causal)
+
+    def _router(self) -> Backend:
+        from pallas_kernels.gpu import tiles
+
+        return XLA.backends[-1] if tiles.plgpu is None else self.router
 
     def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
         from pallas_kernels.gpu.mosaic_forward import attend_forward
@@ -296,7 +308,7 @@ class MosaicKernels(_GpuKernels):
 
 
 _KERNELS: dict[Kernels, tuple[Backend, ...]] = {
-    "pallas": (TpuKernels(), TritonKernels()),
+    "pallas": (TritonKernels(), MosaicKernels(), TpuKernels()),
     "mosaic": (MosaicKernels(),),
 }
 

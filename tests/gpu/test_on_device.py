@@ -10,6 +10,7 @@ import pytest
 
 from experiments.__main__ import EXTRAS, main
 from experiments.kernels import on_device, verify
+from tests.backends import needs_triton
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -29,6 +30,7 @@ sys.exit(main(["on_device", "--minutes", "0", "--out", sys.argv[1]]))
     assert report["implementation"] is None
 
 
+@needs_triton
 @pytest.mark.timeout(180)
 def test_every_step_is_rehearsed_with_interpreted_kernels(tmp_path, capsys):
     assert main(["on_device", "--rehearse", "--minutes", "3", "--out", str(tmp_path)]) == 0

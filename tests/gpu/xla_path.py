@@ -4,8 +4,8 @@
 whose length the program does not know, for after each of its steps the GPU would ask the host, and on more iterations
 than promised at 64K tokens. `tests/test_loops.py` counts the same before XLA compiles.
 
-At 64K tokens, jax 0.12; in brackets what it was with the steps of a CPU and more heads side by side, where iterations of
-loops of unknown length, a few each time the loop around them turns, are not counted:
+At 64K tokens, jax 0.12; in brackets what it was with the steps of a CPU and more heads side by side, where loops of
+unknown length, entered each time the loop around them turns, count as one iteration:
 
                           kernels        iterations             temporary
     route                 103 (584)      16 (64, one unknown)   1.3 GiB (0.6)
