@@ -32,6 +32,7 @@ compile-gpu: ## compiles every GPU kernel, without a GPU; downloads CUDA, 5 GB: 
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed; set PYTHON=...")'
 	$(MAKE) $(CUDA_VENV)/ready-cuda13 VENV=$(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m tests.gpu.compile
+	$(CUDA_VENV)/bin/python -m tests.gpu.xla_path
 
 wheel: $(VENV)/ready-build  ## builds dist/ and tries the wheel in an empty environment, out of the checkout's reach
 	rm -rf build dist *.egg-info $(WHEEL_VENV)

@@ -12,7 +12,8 @@ COMMANDS = {
     "reproduce": "run every study of a preset, then write its report",
     "report": "write the report from the studies' files",
     "benchmark": "time and memory against dense attention",
-    "on_device": "test and time the GPU kernels on this machine's GPU",
+    "verify": "is it right on this machine, and what is fastest? two minutes",
+    "on_device": "verify, tune and time the kernels on a lent machine, within a time budget",
     "compare_torch": "time PyTorch's flash attention on the problems of on_device",
     "roofline": "what the GPU kernels should cost, by arithmetic",
     "tpu_report": "static estimates of the TPU kernels; needs no TPU",
@@ -42,11 +43,15 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("experiments").setLevel(logging.INFO)
     name, options = arguments[0], arguments[1:]
     try:  # imports stand here, so that the usage above needs none of them and a missing package is reported below
-        if name == "on_device":  # for machines that have JAX and none of the extras
+        if name == "verify":  # for machines that have JAX and none of the extras
+            from experiments.kernels import verify
+
+            return verify.main(options)
+        if name == "on_device":  # likewise
             from experiments.kernels import on_device
 
-            on_device.main(options)
-        elif name == "compare_torch":  # likewise, with PyTorch
+            return on_device.main(options)
+        if name == "compare_torch":  # likewise, with PyTorch
             from experiments.kernels import compare_torch
 
             compare_torch.main(options)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def at_most(size: int, bound: int) -> int:
@@ -27,6 +28,18 @@ def heads_per_step(num_heads: int, elements_per_head: int, elements: int) -> int
     if not isinstance(num_heads, int) or not isinstance(elements_per_head, int):
         return 1
     return max(1, min(num_heads, elements // elements_per_head))
+
+
+def divisor(number: int, bound: int) -> int:
+    """The largest divisor of number that is at most bound, 1 if bound is smaller: so many at a time leave no rest."""
+    return next((size for size in range(min(number, bound), 0, -1) if number % size == 0), 1)
+
+
+def for_each(steps: int | jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """`jax.lax.fori_loop` from 0 to steps, without a loop for one step."""
+    if isinstance(steps, int) and steps == 1:
+        return body(jnp.int32(0), carry)
+    return jax.lax.fori_loop(0, steps, body, carry)
 
 
 def map_heads(function: Callable[..., Any], inputs: tuple, heads: int) -> Any:

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels.config import TritonConfig
+from pallas_kernels.gpu import tiles
 from sparse_attn.attend import per_query, per_tile, route
 from sparse_attn.attend.backends import TpuKernels, TritonKernels, Xla
 
@@ -13,6 +14,8 @@ SMALL_STEPS = Xla(
     per_query.Sizes(tile_sizes=(4, 2), pairs_per_step=8, logits_per_step=64, rows_per_chunk=8, elements_per_step=1),
     per_tile.Sizes(logits_per_step=5 * 64, elements_per_step=1),
 )
+HAS_TRITON = tiles.plgpu is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="this JAX has no Triton backend of Pallas")
 TRITON = TritonConfig(
     tile_size=16, key_size=16, backward_tile_size=16, merge_rows=16, route_queries=16, route_blocks=16, means_keys=2
 )
@@ -32,7 +35,7 @@ def tpu_kernels():
 BACKENDS = {
     "reference": lambda: "reference",
     "xla": lambda: "xla",
-    "triton": lambda: TritonKernels(TRITON, interpret=True),
+    **({"triton": lambda: TritonKernels(TRITON, interpret=True)} if HAS_TRITON else {}),
     "tpu": tpu_kernels,
 }
 if jax.default_backend() == "gpu":

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 import sparse_attn
 from sparse_attn import attention, window
 from sparse_attn.attend import per_query, per_tile, route
-from sparse_attn.attend.backends import Xla
+from sparse_attn.attend.backends import XLA, Xla
+from sparse_attn.attend.choice import PerQuery
 from sparse_attn.attend.per_key import attend_tokens
 from sparse_attn.grammar import choose, rest
 from sparse_attn.grammar.attend import attend_levels
-from tests import cases, oracle
+from sparse_attn.layout import whole_rows
+from tests import attend, cases, oracle
 from tests.backends import SMALL_STEPS
 from tests.every_system import TOKENS, every_system
 from tests.test_tiles import dense, draw, token_mask
@@ -76,6 +78,67 @@ def test_moba_over_chunks_and_steps(group):
         -(-case.keys // case.block_size) > 3 * SMALL_STEPS.route_sizes.blocks_per_step
     )  # four steps of the router, the last uneven
     check_moba(case, SMALL_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("group", "step_bytes", "sequences", "plan"),
+    [
+        (1, 10**9, "full", {"num_chunks": 1, "num_steps": 1, "heads_per_step": 4}),
+        (8, 6000, "full", {"num_chunks": 8, "num_steps": 3, "heads_per_step": 1}),
+        (8, 200000, "full", {"num_chunks": 1, "num_steps": 1, "heads_per_step": 2}),
+        (2, 10**9, "mixed", {"num_chunks": 1, "num_steps": None, "heads_per_step": 4}),
+        (7, 3000, "mixed", {"num_chunks": 4, "num_steps": None, "heads_per_step": 1}),
+    ],
+)
+def test_moba_in_few_steps_as_on_an_accelerator(group, step_bytes, sequences, plan):
+    case = cases.Case(
+        "few_steps", batch=2, queries=29, keys=21, heads=2 * group, head_dim=4, block_size=2, top_k=3, exact=True,
+        sequences=sequences,
+    )  # fmt: skip
+    sizes = per_query.Sizes(tile_sizes=(4, 2), step_bytes=step_bytes)
+    prepared, blocks = attend.prepare(case, *list(cases.make_inputs(case)[0].values())[:3], cases.make_inputs(case)[1])
+    choice = PerQuery(jnp.zeros((2, 2 * group, 29, 3), jnp.int32), blocks)
+    made = per_query._make_plan(prepared, choice, 0.5, sizes, is_backward=False)
+    assert {name: getattr(made, name) for name in plan} == plan
+    check_moba(case, Xla(route.Sizes(step_bytes=step_bytes), sizes))
+
+
+def iterations(jaxpr):
+    """Iterations of all loops of a program; a loop whose length is not known fails."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [sub for value in equation.params.values() for sub in jax.tree.leaves(value, is_leaf=is_jaxpr)]
+        inner = [getattr(sub, "jaxpr", sub) for sub in inner if is_jaxpr(sub)]
+        if equation.primitive.name == "while":
+            raise AssertionError("a loop of unknown length")
+        inside = sum(map(iterations, inner))
+        length = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += length * (1 + inside) if length > 1 else inside  # XLA makes no loop of one step
+    return total
+
+
+def is_jaxpr(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def test_on_an_accelerator_long_sequences_take_few_steps_of_known_length():
+    """At 64K tokens, batch 2, 16 heads: at most 64 steps forward, the router's included, and 128 backward."""
+    numbers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    query = jax.ShapeDtypeStruct((2, 65536, 16, 128), jnp.bfloat16)
+    results = query, jax.ShapeDtypeStruct((2, 65536, 16), jnp.float32)
+    blocks = jax.eval_shape(functools.partial(whole_rows, block_size=128, is_causal=True), query, query)
+    choice = PerQuery(numbers((2, 16, 65536, 8)), blocks)
+    (xla,) = (backend for backend in XLA.backends if backend.platforms is None)
+    route = functools.partial(xla.route, top_k=8, is_causal=True)
+    calls = (
+        (route, (query, query, blocks)),
+        (functools.partial(xla.forward, scale=0.1), ((query,) * 3, choice)),
+        (functools.partial(xla.backward, scale=0.1), ((query,) * 3, choice, results, results)),
+    )
+    steps = [iterations(jax.make_jaxpr(function)(*arguments).jaxpr) for function, arguments in calls]
+    assert min(steps) > 0
+    assert sum(steps[:2]) <= 64
+    assert sum(steps) <= 128
 
 
 def test_many_heads_on_one_key_head_and_few_queries():

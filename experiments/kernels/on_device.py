@@ -1,122 +1,204 @@
-"""Tests and times the GPU kernels on this machine's GPU: `python -m experiments on_device --out FILE.json`.
+"""One command for a lent or rented machine: `python -m experiments on_device --minutes 30 --out DIRECTORY`.
 
-Needs JAX and the repository, nothing else (pytest for the tests). Run it from the root of the repository. Steps:
+Needs JAX and the repository, nothing else. In order of value, each file written anew after every step, so that a
+cut-off loses nothing:
 
-1. The repository's numerical tests, with the kernels.
-2. The kernels at the benchmark's sizes, on short sequences, against dense attention in float32.
-3. Whether two runs give the same bits.
-4. What the GPU reaches at most, measured: bytes per second of a copy, operations per second of a matrix product.
-5. For every problem of `roofline.PROBLEMS`: forward, and forward with backward, with the time of each stage and the
-   memory of each call, beside cuDNN's dense attention in the same process.
-
-All numbers go to the JSON file, a table to the Markdown file beside it. Not yet run on a GPU.
+1. verify.json, a third of the time at most: what is right (`experiments.kernels.verify`). The rest leaves out what is
+   wrong.
+2. tuning.json, half of the rest: sizes of each kernel, one changed at a time and kept if that is faster and gives the
+   results of the XLA path.
+3. NAME.json and NAME.md for each implementation that is right, the fastest first, with the best sizes found: what the
+   machine reaches at most (bytes per second of a copy, operations per second of a matrix product), then for every
+   problem of `roofline.PROBLEMS` forward, and forward with backward, with the time of each stage and the memory of each
+   call, beside the platform's dense attention in the same process.
 
 A time is the wall-clock time of one call, launch included, until its results are ready. Memory is the peak of the
-compiled call as XLA reports it: arguments, results and temporary buffers.
+compiled call as XLA reports it: arguments, results and temporary buffers. A call that hangs or crashes is reported, and
+the rest is done. Not yet run on an accelerator.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.kernels import roofline
-from experiments.kernels.calls import dense_calls, is_right, make_arrays, make_calls, right_results, takes_choice
+from experiments.kernels import roofline, verify
+from experiments.kernels.calls import dense_calls, make_arrays, make_calls, takes_choice
 from experiments.kernels.roofline import Problem
-from pallas_kernels.config import MOSAIC, TRITON, MosaicConfig, TritonConfig
+from experiments.kernels.steps import Step, run_steps
+from pallas_kernels.config import MOSAIC, PER_QUERY, TRITON
+from sparse_attn.attend.backends import Implementation, MosaicKernels, TpuKernels, TritonKernels
 
 Times = dict[str, float]
 _REPEATS = 10
-_CHECKED_TOKENS = 2048  # at most; `right_results` holds all logits
-_SIZES: dict[str, TritonConfig | MosaicConfig] = {"triton": TRITON, "mosaic": MOSAIC}
-_TESTS = {
-    "triton": ("-k", "pallas", "tests/test_attention.py", "tests/test_gradients.py", "tests/test_routing.py"),
-    "mosaic": ("tests/gpu/test_mosaic.py",),
+_LONGEST_STEP = 120  # seconds
+_TUNED = Problem(32768, 128, 8, 128)
+_REHEARSED = Problem(sequence=48, block_size=16, top_k=2, head_dim=16, batch=1, heads=1)
+# What is tried in the place of each default size, the one that promises most first.
+_SIZES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "TritonKernels": {
+        "tile_size": (64,),
+        "attend_warps": (4,),
+        "num_stages": (3, 1),
+        "key_size": (128, 32),
+        "backward_tile_size": (128, 32),
+        "route_queries": (128, 32),
+        "route_blocks": (128, 32),
+        "merge_rows": (64, 16),
+    },
+    "MosaicKernels": {"gather_in_kernel": (False,), "query_slots": (3,), "key_slots": (3,)},
+    "TpuKernels": {
+        "tile_size": (64, 256),
+        "slots_per_step": (2048, 512),
+        "backward_tile_size": (512, 128),
+        "pieces_per_step": (256, 1024),
+    },
 }
+# As a share of the largest number of the XLA path, at least of 1: both round tiles and results to 16 bits.
+_TOLERANCE = 4e-2
 _COLUMNS = (
-    *("head_dim", "block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "spread", "cuDNN"),
-    *("gain", "both", "spread", "cuDNN", "gain", "memory", "memory, both", "attend: bandwidth", "failed"),
+    *("head_dim", "block / top_k", "tokens", "route", "schedule", "attend", "merge", "forward", "spread", "dense"),
+    *("gain", "both", "spread", "dense", "gain", "memory", "memory, both", "attend: bandwidth", "failed"),
 )
 
 
-def main(options: list[str]) -> None:
-    """The command; `options` are those of the command line."""
+def main(options: list[str]) -> int:
+    """The command; `options` are those of the command line. Returns the exit status, that of verify."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments on_device",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu.json"), help="the JSON file to write")
+    parser.add_argument("--minutes", type=float, default=30.0, help="when to stop (minutes)")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("on_device"), help="directory of the results")
     parser.add_argument(
-        "--backend", choices=tuple(_SIZES), default="triton", help="the attention kernels; routing is always Triton's"
+        "--rehearse", action="store_true", help="interpret the Triton kernels on a CPU, at the smallest sizes alone"
     )
-    parser.add_argument("--longest", type=int, default=1 << 19, help="longest sequence to measure (tokens)")
-    parser.add_argument("--skip_tests", action="store_true", help="skip steps 1 and 2")
     arguments = parser.parse_args(options)
-    if jax.default_backend() != "gpu":
-        sys.exit("error: JAX finds no GPU. What the kernels should cost: python -m experiments roofline")
-    problems = [problem for problem in roofline.PROBLEMS if problem.sequence <= arguments.longest]
-    report: dict[str, Any] = {"machine": describe_machine(), "backend": arguments.backend}
-    if not arguments.skip_tests:
-        report["tests"] = run_tests(arguments.backend)
-        short = dict.fromkeys(shortened(problem) for problem in problems)
-        report["checks"] = {str(problem): check(problem, _SIZES[arguments.backend]) for problem in short}
-    report["is_deterministic"] = is_deterministic(arguments.backend)
-    report["ceilings"] = measure_ceilings()
-    print(json.dumps(report, indent=1))
-    report["problems"] = []
-    for problem in problems:
-        report["problems"].append(dataclasses.asdict(problem) | measure(problem, arguments.backend))
-        arguments.out.write_text(json.dumps(report, indent=1))
-        arguments.out.with_suffix(".md").write_text(table(report))
-        print(row(report["problems"][-1], report["ceilings"]), flush=True)
+    out, rehearse = arguments.out, arguments.rehearse
+    out.mkdir(parents=True, exist_ok=True)
+    begin, budget = time.monotonic(), 60 * arguments.minutes
+    report = verify.verify(begin + budget / 3, out / "verify.json", rehearse)
+    print(verify.table(report), flush=True)
+    names = [name for name in verify.right_names(report) if name != "reference"]
+    names.sort(key=lambda name: name != report["implementation"])
+    tuning = tune(report["about"].get("platform", ""), names, (begin + time.monotonic() + budget) / 2, out, rehearse)
+    for name in names:
+        remaining = begin + budget - time.monotonic()
+        deadline = time.monotonic() + remaining / (len(names) - names.index(name))
+        benchmark(report["about"], name, tuning.get(name, {}).get("sizes", {}), deadline, out, rehearse)
+    return 1 if report["wrong"] else 0
 
 
-def run_tests(backend: str) -> str:
-    """Runs the repository's tests with the kernels on this GPU; returns pytest's last line."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cuda",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # for the references
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", *_TESTS[backend]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout[-4000:])
-    return (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
+def make_implementation(name: str, platform: str, sizes: dict[str, Any], rehearse: bool) -> Implementation:
+    """The implementation of that name on a platform, as JAX names it, with some of its sizes changed."""
+    if name == "xla":
+        return "xla"
+    if name == "mosaic":
+        return MosaicKernels(dataclasses.replace(MOSAIC, **sizes))
+    if platform == "tpu":
+        return TpuKernels(dataclasses.replace(PER_QUERY, **sizes))
+    return TritonKernels(dataclasses.replace(TRITON, **sizes), interpret=rehearse)
 
 
-def shortened(problem: Problem) -> Problem:
-    """The problem with few enough tokens for `right_results`."""
-    return dataclasses.replace(problem, batch=1, sequence=min(problem.sequence, _CHECKED_TOKENS))
+def tune(platform: str, names: list[str], deadline: float, out: pathlib.Path, rehearse: bool) -> dict[str, Any]:
+    """The best sizes found, by implementation, and all that was tried."""
+    report: dict[str, Any] = {}
+    for name in names:
+        kind = type(make_implementation(name, platform, {}, rehearse)).__name__
+        if kind in _SIZES:
+            report[name] = {"sizes": {}, "seconds": None, "tried": []}
+            shared = {"kind": "tune", "implementation": name, "platform": platform, "rehearse": rehearse}
+            trials = _trials(report[name], shared, _SIZES[kind])
+            for step, outcome in run_steps(run_step, trials, _LONGEST_STEP, deadline):
+                _note(report[name], step["sizes"], outcome)
+                (out / "tuning.json").write_text(json.dumps(report, indent=1) + "\n")
+            print(f"tuned {name}: {report[name]['sizes'] or 'the default sizes'}", flush=True)
+    return report
 
 
-def describe_machine() -> dict[str, str]:
-    """GPU, driver, clocks, and the versions of JAX and Python."""
-    device = jax.devices()[0]
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv"]
-    try:
-        card = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    except OSError as error:
-        card = str(error)
-    return {
-        "device": device.device_kind,
-        "card": card,
-        "jax": jax.__version__,
-        "platform": str(device.client.platform_version),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def _trials(found: dict[str, Any], shared: Step, sizes: dict[str, tuple[Any, ...]]) -> Iterator[Step]:
+    """The default sizes, then the best so far with one size changed."""
+    yield shared | {"sizes": {}}
+    for name, values in list(sizes.items())[: 1 if shared["rehearse"] else None]:
+        for value in values:
+            yield shared | {"sizes": found["sizes"] | {name: value}}
+
+
+def _note(found: dict[str, Any], sizes: dict[str, Any], outcome: dict[str, Any]) -> None:
+    """Keeps what is right and faster than all before."""
+    found["tried"].append({"sizes": sizes, **outcome})
+    seconds = outcome.get("seconds")
+    if seconds is not None and outcome["is_right"] and (found["seconds"] is None or seconds < found["seconds"]):
+        found.update(sizes=sizes, seconds=seconds)
+
+
+def benchmark(
+    about: dict[str, Any], name: str, sizes: dict[str, Any], deadline: float, out: pathlib.Path, rehearse: bool
+) -> None:
+    """Measures every problem, the ceilings first; writes NAME.json and NAME.md after each."""
+    machine = {"device": about["device_kind"], **about}
+    report: dict[str, Any] = {"machine": machine, "backend": name, "sizes": sizes, "ceilings": {}, "problems": []}
+    shared = {"implementation": name, "platform": about["platform"], "sizes": sizes, "rehearse": rehearse}
+    problems = (_REHEARSED,) if rehearse else roofline.PROBLEMS
+    steps = [shared | {"kind": "ceilings"}]
+    steps += [shared | {"kind": "benchmark", "problem": dataclasses.asdict(problem)} for problem in problems]
+    for step, outcome in run_steps(run_step, steps, _LONGEST_STEP, deadline):
+        if step["kind"] == "ceilings":
+            report["ceilings"] = outcome
+        elif "seconds" in outcome:
+            report["problems"].append(step["problem"] | outcome)
+        else:
+            report.setdefault("not_measured", []).append(step["problem"] | outcome)
+        (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / f"{name}.md").write_text(table(report))
+    print(table(report), flush=True)
+
+
+def run_step(step: Step) -> dict[str, Any]:
+    """One step, in a process of its own."""
+    if step["kind"] == "ceilings":
+        return measure_ceilings(256 if step["rehearse"] else 8192)
+    implementation = make_implementation(step["implementation"], step["platform"], step["sizes"], step["rehearse"])
+    if step["kind"] == "tune":
+        return try_sizes(_REHEARSED if step["rehearse"] else _TUNED, implementation)
+    return measure(Problem(**step["problem"]), implementation)
+
+
+def try_sizes(problem: Problem, implementation: Implementation) -> dict[str, Any]:
+    """Seconds of forward and backward, and whether the gradients over XLA's choice are those of the XLA path."""
+    arrays, indices, expected = _xla_results(problem)
+    calls = make_calls(problem, implementation)
+    actual = jax.jit(calls["forward_backward"])(arrays, indices)
+    times = measure_seconds(jax.jit(calls["whole_forward_backward"]), arrays)
+    return {"seconds": times["median"], "is_right": is_close(actual, expected)}
+
+
+@functools.cache
+def _xla_results(problem: Problem) -> tuple[dict[str, jax.Array], jax.Array, Any]:
+    """Arrays, choice and gradients."""
+    arrays, calls = make_arrays(problem), make_calls(problem, "xla")
+    indices = jax.jit(calls["route"])(arrays)
+    return arrays, indices, jax.jit(calls["forward_backward"])(arrays, indices)
+
+
+def is_close(actual: Iterable[jax.Array], expected: Iterable[jax.Array]) -> bool:
+    """Whether 16-bit results agree up to rounding; NaN does not."""
+
+    def agree(actual: jax.Array, expected: jax.Array) -> bool:
+        expected = expected.astype(jnp.float32)
+        error = jnp.abs(actual.astype(jnp.float32) - expected).max()
+        return bool(error <= _TOLERANCE * jnp.maximum(1, jnp.abs(expected).max()))
+
+    return all(agree(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def measure_seconds(function: Callable[..., Any], *arguments: Any) -> Times:
@@ -130,38 +212,18 @@ def measure_seconds(function: Callable[..., Any], *arguments: Any) -> Times:
     return {"median": statistics.median(times), "least": min(times), "most": max(times)}
 
 
-def measure_ceilings() -> dict[str, float]:
-    """Bytes per second of a copy; operations per second of a bfloat16 product of two 8192 x 8192 matrices."""
-    numbers = jnp.zeros(1 << 30, jnp.bfloat16)
+def measure_ceilings(size: int) -> dict[str, float]:
+    """Bytes per second of a copy, operations per second of a bfloat16 product of two square matrices of that size."""
+    numbers = jnp.zeros(16 * size * size, jnp.bfloat16)
     copy = measure_seconds(jax.jit(lambda x: x + 1), numbers)["median"]
-    matrix = jnp.ones((8192, 8192), jnp.bfloat16)
+    matrix = jnp.ones((size, size), jnp.bfloat16)
     product = measure_seconds(jax.jit(jnp.matmul), matrix, matrix)["median"]
-    return {"bytes_per_second": 2 * numbers.nbytes / copy, "flops_per_second": 2 * 8192**3 / product}
+    return {"bytes_per_second": 2 * numbers.nbytes / copy, "flops_per_second": 2 * size**3 / product}
 
 
-def check(problem: Problem, config: TritonConfig | MosaicConfig, interpret: bool = False) -> dict[str, bool]:
-    """Whether routing, forward and backward give the right results on a short problem, by the name of the call."""
-    arrays = make_arrays(problem)
-    calls = make_calls(problem, config, interpret)
-    expected = right_results(problem, arrays)
-    return {
-        name: is_right(jax.jit(calls[name])(*([arrays, expected["route"]] if takes_choice(name) else [arrays])), right)
-        for name, right in expected.items()
-    }
-
-
-def is_deterministic(backend: str) -> bool:
-    """Whether two runs of forward and backward give the same bits."""
-    problem = roofline.PROBLEMS[0]
-    call = jax.jit(make_calls(problem, _SIZES[backend])["whole_forward_backward"])
-    arrays = make_arrays(problem)
-    first, second = call(arrays), call(arrays)
-    return all(bool((a == b).all()) for a, b in zip(first, second, strict=True))
-
-
-def measure(problem: Problem, backend: str) -> dict[str, Any]:
+def measure(problem: Problem, implementation: Implementation) -> dict[str, Any]:
     """Time and memory of every call, time and rates of every stage; the message of each call that failed."""
-    arrays, calls = make_arrays(problem), make_calls(problem, _SIZES[backend]) | dense_calls()
+    arrays, calls = make_arrays(problem), make_calls(problem, implementation) | dense_calls()
     indices = jax.jit(calls["route"])(arrays)
     seconds: dict[str, Times] = {}
     memory: dict[str, int] = {}
@@ -205,14 +267,17 @@ def split_stages(seconds: Times) -> Times:
 def table(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     machine, ceilings = report["machine"], report["ceilings"]
+    peaks = "not measured"
+    if "flops_per_second" in ceilings:
+        peaks = f"{ceilings['bytes_per_second'] / 1e12:.2f} TB/s, {ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s"
     lines = [
-        f"# {report['backend']} kernels on one {machine['device']}, {machine['date']}, JAX {machine['jax']}",
+        f"# {report['backend']} on one {machine['device']}, {machine['date']}, JAX {machine['jax']}",
         "",
-        f"Measured peaks: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, "
-        f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s. Times in milliseconds, medians of {_REPEATS} calls; "
+        f"Sizes other than the defaults: {report['sizes'] or 'none'}. Measured peaks: {peaks}. Times in milliseconds, "
+        f"medians of {_REPEATS} calls; "
         "spread is (maximum - minimum) / median. `forward` and `both` (forward with backward) include routing. "
-        "`gain` is cuDNN's time over ours, `memory` our memory over cuDNN's (dense attention). `attend: bandwidth` is "
-        "a share of the measured peak.",
+        "`dense` is the platform's dense attention, `gain` its time over ours, `memory` our memory over its. "
+        "`attend: bandwidth` is a share of the measured peak.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         "| ---: " * len(_COLUMNS) + "|",
@@ -225,7 +290,7 @@ def row(problem: dict[str, Any], ceilings: dict[str, float]) -> str:
     seconds, memory, stages = problem["seconds"], problem["memory"], problem["stages"]
 
     def times(call: str) -> list[str]:
-        """Our time, its spread, cuDNN's time, the gain."""
+        """Our time, its spread, dense attention's time, the gain."""
         ours, dense = seconds.get(f"whole_{call}"), seconds.get(f"dense_{call}")
         spread = f"{100 * (ours['most'] - ours['least']) / ours['median']:.0f} %" if ours else "-"
         gain = f"{dense['median'] / ours['median']:.2f}" if ours and dense else "-"
@@ -238,18 +303,14 @@ def row(problem: dict[str, Any], ceilings: dict[str, float]) -> str:
     def milliseconds(time: float | None) -> str:
         return "-" if time is None else f"{1e3 * time:.2f}"
 
-    rates = problem["rates"].get("attend")
+    rates, peak = problem["rates"].get("attend"), "bytes_per_second" in ceilings
     parts = [
         *(str(problem["head_dim"]), f"{problem['block_size']} / {problem['top_k']}", str(problem["sequence"])),
         *(milliseconds(stages.get(name)) for name in ("route", "schedule", "attend", "merge")),
         *times("forward"),
         *times("forward_backward"),
         *(memory_ratio("forward"), memory_ratio("forward_backward")),
-        f"{100 * rates['bytes_per_second'] / ceilings['bytes_per_second']:.0f} %" if rates else "-",
+        f"{100 * rates['bytes_per_second'] / ceilings['bytes_per_second']:.0f} %" if rates and peak else "-",
         ", ".join(problem["failures"]) or "-",
     ]
     return f"| {' | '.join(parts)} |"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

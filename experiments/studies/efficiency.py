@@ -63,20 +63,22 @@ def table(numbers: dict[str, Any]) -> str:
         return "-" if value is None else f"{value:.1f}" if spread is None else f"{value:.1f} ±{spread / 2:.1f}"
 
     head: tuple[str, ...] = ("tokens", "pass", "moba ms", "1 device ms", "dense ms", "torch ms", "x dense", "x torch")
-    head += ("moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
+    head += ("moba first", "dense first", "moba MiB", "dense MiB", "moba peak", "dense peak", "GFLOP/s", "% limit")
     lines: list[tuple[str, ...]] = [head]
     for row in numbers["rows"]:
         times = [show(row[f"{name}_ms"], row[f"{name}_iqr_ms"]) for name in _NAMES]
         ratios = [show(row["speedup_over_dense"]), show(row["speedup_over_torch"])]
+        first = [show(row[f"{name}_first_ms"]) for name in ("moba", "dense")]
         memory = [show(row[f"{name}_{kind}_mib"]) for kind in ("temp", "peak") for name in ("moba", "dense")]
         speed = row["achieved_gflops"]
         share = f"{speed / numbers['machine']['matmul_gflops']:.0%}"
-        lines.append((str(row["sequence_length"]), row["pass"], *times, *ratios, *memory, show(speed), share))
+        lines.append((str(row["sequence_length"]), row["pass"], *times, *ratios, *first, *memory, show(speed), share))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     machine = ", ".join(f"{key} {value}" for key, value in {**numbers["machine"], **numbers["about"]}.items())
     return (
         f"{text}\n\nms: median ± half the interquartile range, heads spread over the devices; 1 device: MoBA on one. "
+        f"First: ms until the first result, tracing and compiling included. "
         f"MiB: temporary memory as compiled; peak: growth of a fresh process by one call. % limit: of one large matrix "
         f"product, matmul_gflops.\n{machine}"
     )
@@ -89,8 +91,12 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
         del attention["dense"]
     calls: dict[str, Callable[[], Any]] = {}
     memory: dict[str, float] = {}
+    first: dict[str, float] = {}
     for name, function in attention.items():
+        start = time.perf_counter()
         compiled = _compile(_over_heads(function, sharding), spread_inputs, is_training)
+        _call(compiled, spread_inputs)
+        first[name] = 1e3 * (time.perf_counter() - start)
         calls[name] = functools.partial(_call, compiled, spread_inputs)
         used: Any = compiled.memory_analysis()
         memory[name] = sharding.num_devices * used.temp_size_in_bytes / 2**20
@@ -111,6 +117,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
         row |= {f"{name}_ms": median.get(name), f"{name}_iqr_ms": spread.get(name)}
     for name in ("dense", "torch"):
         row[f"speedup_over_{name}"] = median[name] / median["moba"] if name in median else None
+    row |= {f"{name}_first_ms": first.get(name) for name in ("moba", "dense")}
     row |= {f"{name}_temp_mib": memory.get(name) for name in ("moba", "dense")}
     for name in ("moba", "dense"):
         is_longest = length == max(config.sequence_lengths)  # a fresh process takes seconds to start

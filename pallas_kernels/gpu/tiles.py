@@ -4,13 +4,19 @@ Triton demands tiles whose sizes are powers of two. An array in memory keeps its
 next power of two, and what it has too much is neither read nor written: every access carries a mask.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import triton as plgpu
+
+plgpu: Any = None  # stays None where JAX has no Triton any more, whose end it has announced
+with contextlib.suppress(ImportError):
+    from jax.experimental.pallas import triton
+
+    plgpu = triton
 
 # The smallest side of a matrix product, a limit of the tensor cores.
 SMALLEST_SIDE = 16
@@ -19,6 +25,8 @@ LARGEST_HEAD_DIM = 256
 
 def refuses(query: jax.Array) -> str | None:
     """Why the kernels cannot take such queries; None if they can."""
+    if plgpu is None:
+        return f"jax {jax.__version__} has no Triton backend of Pallas"
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"the GPU kernels take float32, bfloat16 and float16, got query.dtype={query.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM:

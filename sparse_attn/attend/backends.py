@@ -3,16 +3,23 @@
     name            backend                                                      runs on
     "reference"     `Reference`: dense masks, in plain JAX                       everything
     "xla"           `Xla`: the sparse path in plain JAX, sized by platform       everything
-    "pallas"        `TpuKernels` or `TritonKernels`                              TPU; NVIDIA GPU
-    "mosaic"        `MosaicKernels`                                              Hopper GPU, jax 0.11 or newer
-    None            `TpuKernels` where they can do the call, else `Xla`          everything
+    "pallas"        `TpuKernels`; `TritonKernels`, else `MosaicKernels`          TPU; NVIDIA GPU
+    "mosaic"        `MosaicKernels`                                              Hopper GPU
+    None            what `VERIFIED` names for the kind of device, else `Xla`     everything
 
-The GPU kernels have run on no GPU yet, so None does not take them.
+Which JAX has which kernels, all others alike:
+
+    jax             Triton                      Mosaic GPU
+    0.10            yes                         no
+    0.11, 0.12      yes, its end is announced   yes
+    newer           once it is gone, no         yes; what Triton did for it is done in plain JAX
+
+Defaults follow evidence: None takes kernels only where a committed run of `python -m experiments verify` found them
+right. Who names a kernel gets it, elsewhere with a warning.
 """
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,8 +38,14 @@ from sparse_attn.attend.platform import ByPlatform
 if TYPE_CHECKING:
     from pallas_kernels.tpu.routing import RoutingConfig
 
-Name = Literal["reference", "xla", "pallas", "mosaic"]
+Kernels = Literal["pallas", "mosaic"]
+Name = Literal["reference", "xla", Kernels]
 Implementation = Name | Backend
+
+# The implementation that None takes on a kind of device, `jax.Device.device_kind`. An entry needs the file that
+# `python -m experiments verify` wrote on such a device, experiments/results/KIND/verify.json, with spaces in KIND as
+# underscores. Empty: no kernel has run on its chip yet.
+VERIFIED: dict[str, Kernels] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +142,17 @@ class Xla:
         return self.forward(arrays, choice, scale)[0]
 
 
-# On a CPU a step should stay near the cache, elsewhere it should fill the machine.
+# On a CPU a step should stay near the cache. Elsewhere it should fill the machine and steps be few, for each costs
+# launches and perhaps a word with the host: a call may take this memory beside its inputs and outputs.
+STEP_BYTES = 3 * 2**30
 _LARGE = 2**26
 XLA = ByPlatform(
     (
         Xla(platforms=("cpu",)),
         Xla(
-            route.Sizes(elements_per_step=_LARGE),
-            per_query.Sizes(elements_per_step=_LARGE),
-            per_tile.Sizes(elements_per_step=_LARGE),
+            route.Sizes(step_bytes=STEP_BYTES),
+            per_query.Sizes(tile_sizes=(128, 64, 32, 16, 8), step_bytes=STEP_BYTES),
+            per_tile.Sizes(logits_per_step=_LARGE, elements_per_step=_LARGE),
             cached_rows=128,
         ),
     )
@@ -290,15 +305,6 @@ class _GpuKernels(_Kernels):
     def _refuses_query(self, query: jax.Array) -> str | None:
         raise NotImplementedError
 
-    def _per_query(self, attend: Callable[..., Any], arrays: Arrays, choice: Choice, *rest: Any) -> Any:
-        if not self.interpret:
-            warnings.warn(
-                "the GPU kernels are compiled and interpreted in tests but have not run on a GPU yet; "
-                "implementation='xla' is the proven path",
-                stacklevel=2,
-            )
-        return super()._per_query(attend, arrays, choice, *rest)
-
 
 @dataclasses.dataclass(frozen=True)
 class TritonKernels(_GpuKernels):
@@ -354,11 +360,11 @@ class TritonKernels(_GpuKernels):
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKernels(_GpuKernels):
-    """The Mosaic GPU kernels for Hopper, with the Triton router and decode kernel. They have run on no GPU yet.
+    """The Mosaic GPU kernels for Hopper, with the Triton router, merge and decode kernel. They have run on no GPU yet.
 
     Attributes:
       config: sizes of the kernels.
-      router: what routes, and attends a few new tokens to a cache.
+      router: what routes, and attends a few new tokens to a cache, where JAX has Triton; else the XLA path does.
       interpret: False, or `plgpu.InterpretGPUParams` to run on a CPU.
     """
 
@@ -372,10 +378,15 @@ class MosaicKernels(_GpuKernels):
         return tiles.refuses(query)
 
     def refuses_route(self, query: jax.Array, top_k: int) -> str | None:
-        return self.router.refuses_route(query, top_k)
+        return self._router().refuses_route(query, top_k)
 
     def route(self, query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool) -> jax.Array:
-        return self.router.route(query, key, blocks, top_k, is_causal)
+        return self._router().route(query, key, blocks, top_k, is_causal)
+
+    def _router(self) -> Backend:
+        from pallas_kernels.gpu import tiles
+
+        return XLA.backends[-1] if tiles.plgpu is None else self.router
 
     def forward(self, arrays: Arrays, choice: Choice, scale: float) -> Results:
         from pallas_kernels.gpu.mosaic.forward import attend_forward
@@ -396,6 +407,12 @@ class MosaicKernels(_GpuKernels):
         return self.router._decode_few(arrays, indices, length, num_new, scale)
 
 
+_KERNELS: dict[Kernels, tuple[Backend, ...]] = {
+    "pallas": (TritonKernels(), MosaicKernels(), TpuKernels()),
+    "mosaic": (MosaicKernels(),),
+}
+
+
 def resolve(implementation: Implementation | None) -> Backend:
     """The backend of that name, or the one given.
 
@@ -403,18 +420,20 @@ def resolve(implementation: Implementation | None) -> Backend:
       ValueError: there is none of that name.
     """
     if implementation is None:
-        return ByPlatform((TpuKernels(), *XLA.backends))
+        by_kind = [(kind, backend) for kind, name in VERIFIED.items() for backend in _KERNELS[name]]
+        return ByPlatform(XLA.backends, tuple(by_kind))
     if isinstance(implementation, Backend):
-        return implementation if implementation.has_effects else ByPlatform((implementation,))
+        if implementation.has_effects:
+            return implementation
+        return ByPlatform((implementation,), proven=frozenset() if isinstance(implementation, _Kernels) else None)
     if implementation not in get_args(Name):
         raise ValueError(f"implementation must be None, a backend or one of {get_args(Name)}, got {implementation!r}")
-    named: dict[str, Backend] = {
-        "reference": Reference(),
-        "xla": XLA,
-        "pallas": ByPlatform((TpuKernels(), TritonKernels())),
-        "mosaic": ByPlatform((MosaicKernels(),)),
-    }
-    return named[implementation]
+    if implementation == "reference":
+        return Reference()
+    if implementation == "xla":
+        return XLA
+    kinds = frozenset(kind for kind, name in VERIFIED.items() if name == implementation)
+    return ByPlatform(_KERNELS[implementation], proven=kinds)
 
 
 def _lists(choice: PerTile) -> jax.Array:

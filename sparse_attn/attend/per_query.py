@@ -3,11 +3,13 @@
 Pairs (query, chosen block) are sorted by block and cut into tiles (`pallas_kernels.schedule`). A loop takes a few tiles
 at a time: gathers their queries, slices their blocks, does one small dense attention each and puts the result at its
 pair. Each query then merges its pairs. The loop ends with the last tile in use, so that the room the tables keep for
-the worst case costs no time. Queries are worked through in chunks: the results of one chunk's pairs,
-`[chunk * top_k, head_dim]`, are the largest array alive beside inputs and outputs.
+the worst case costs no time; but an accelerator must not ask the host after every step, so there steps are few and
+large and, but for packed rows, of known number (`Sizes.step_bytes`). Queries are worked through in chunks: the results
+of one chunk's pairs, `[chunk * top_k, head_dim]`, are the largest array alive beside inputs and outputs.
 
 The backward pass recomputes the probabilities from the log-sum-exp. dK and dV add up tile after tile; dQ is found for
-each pair and summed over a query's pairs. Nothing is added in an order that could change from run to run on a CPU.
+each pair and summed over a query's pairs. Nothing is added in an order that could change from run to run on a CPU; on a
+GPU XLA adds up dK and dV in no fixed order.
 
 Names of einsum axes: t pairs of a tile, m keys of a block, d head_dim, i tiles of a step.
 """
@@ -24,7 +26,7 @@ from pallas_kernels.schedule import Schedule, make_schedule
 from sparse_attn.attend.choice import PerQuery
 from sparse_attn.attend.derivatives import output_gradient
 from sparse_attn.attend.partial import merge_stacked
-from sparse_attn.loops import at_least, heads_per_step, loop_bound, map_heads
+from sparse_attn.loops import at_least, divisor, for_each, heads_per_step, loop_bound, map_heads
 from sparse_attn.sharding import vary_alike
 
 
@@ -39,6 +41,8 @@ class Sizes:
       logits_per_step: bounds the logits of a step, so that they stay in the second-level cache.
       rows_per_chunk: queries times heads of a group that are in work at a time, at least.
       elements_per_step: bounds the heads side by side, see `heads_per_step`.
+      step_bytes: if given, takes the place of the four bounds above: memory of a step beside inputs and outputs, by
+        estimate. Steps are as few as that allows, and rows without segments have loops of known length.
     """
 
     tile_sizes: tuple[int, ...] = (64, 32, 16, 8)
@@ -46,12 +50,13 @@ class Sizes:
     logits_per_step: int = 65536
     rows_per_chunk: int = 4096
     elements_per_step: int = 2**20
+    step_bytes: int | None = None
 
 
 def forward(arrays: Arrays, choice: PerQuery, scale: float, sizes: Sizes) -> Results:
     """Output, float32, and log-sum-exp."""
     query, key, _ = arrays
-    plan = _make_plan(query, key, choice, scale, sizes)
+    plan = _make_plan(arrays, choice, scale, sizes, is_backward=False)
     heads, keys = _split_heads(arrays, choice, plan)
     attend_head = functools.partial(_attend_head, keys=keys, plan=plan)
     output, log_sum_exp = map_heads(attend_head, (heads,), plan.heads_per_step)
@@ -65,7 +70,7 @@ def backward(
 ) -> Arrays:
     """With P = exp(logits - log_sum_exp), dS = P (dO V^T - delta): dQ = dS K, dK = dS^T Q, dV = P^T dO."""
     query, key, value = arrays
-    plan = _make_plan(query, key, choice, scale, sizes)
+    plan = _make_plan(arrays, choice, scale, sizes, is_backward=True)
     kv_heads = key.shape[2]
     d_output, delta = output_gradient(arrays, results, cotangents)
     rows = [_split_rows(x, kv_heads, plan) for x in (d_output, results[1][..., None], delta[..., None])]
@@ -91,6 +96,7 @@ class _Plan:
     num_chunks: int
     tile_size: int
     tiles_per_step: int
+    num_steps: int | None  # of a chunk; None: as many as there are tiles for
     heads_per_step: int
     is_packed: bool  # whether the keys behind a short block belong to another segment
     scale: float
@@ -126,11 +132,15 @@ class _Tiles(NamedTuple):
     logits: jax.Array  # [i, t, m], -inf where masked
 
 
-def _make_plan(query: jax.Array, key: jax.Array, choice: PerQuery, scale: float, sizes: Sizes) -> _Plan:
+def _make_plan(arrays: Arrays, choice: PerQuery, scale: float, sizes: Sizes, is_backward: bool) -> _Plan:
+    query, key, _ = arrays
     blocks, (batch, _, num_queries, top_k) = choice.blocks, choice.indices.shape
     kv_heads, head_dim = key.shape[2:]
     group = query.shape[2] // kv_heads
     full_blocks = blocks.max_choices
+    numbers = batch, num_queries, top_k, full_blocks
+    if sizes.step_bytes is not None and all(isinstance(number, int) for number in numbers):  # none is symbolic
+        return _plan_few_steps(arrays, choice, scale, sizes, sizes.step_bytes, is_backward)
     # At least two of the largest tiles a block and chunk on average, so that half-empty tiles stay few.
     rows = at_least(sizes.rows_per_chunk, 2 * sizes.tile_sizes[0] * full_blocks // top_k)
     if isinstance(num_queries, int):
@@ -151,7 +161,54 @@ def _make_plan(query: jax.Array, key: jax.Array, choice: PerQuery, scale: float,
         num_chunks=num_chunks,
         tile_size=tile_size,
         tiles_per_step=max(min(tiles_per_step) // heads, 1),
+        num_steps=None,
         heads_per_step=heads,
+        is_packed=blocks.is_packed,
+        scale=scale,
+    )
+
+
+def _plan_few_steps(
+    arrays: Arrays, choice: PerQuery, scale: float, sizes: Sizes, step_bytes: int, is_backward: bool
+) -> _Plan:
+    """Whole heads side by side, in one step where the memory allows."""
+    (query, key, value), blocks = arrays, choice.blocks
+    batch, _, num_queries, top_k = choice.indices.shape
+    kv_heads, full_blocks = key.shape[2], blocks.max_choices
+    group = query.shape[2] // kv_heads
+    columns, item = key.shape[3] + value.shape[3], query.dtype.itemsize
+    exact = jnp.promote_types(query.dtype, jnp.float32).itemsize
+    # Results of a pair, and its place in the schedule; of a slot, its rows of Q (and dO), its results and a table (or
+    # two) over the keys, exact and rounded; a tile's keys and values (and their gradients).
+    tables = 2 if is_backward else 1
+    pair_bytes = exact * value.shape[3] + 32
+    slot_bytes = item * columns + exact * value.shape[3] + tables * (exact + item) * blocks.block_size
+    tile_bytes = blocks.block_size * columns * (item + exact * is_backward)
+
+    def plan_chunk(num_chunks: int) -> tuple[int, int, int, int]:
+        """Rows of a chunk, pairs of a tile, tiles of a chunk at most or, if packed, by estimate, and bytes."""
+        rows = -(-num_queries // num_chunks) * group
+        fits = (size for size in sizes.tile_sizes if 2 * size <= rows * top_k // full_blocks)
+        tile_size = next(fits, sizes.tile_sizes[-1])
+        tiles = rows * top_k // tile_size + min(full_blocks, rows * top_k)
+        return rows, tile_size, tiles, rows * top_k * pair_bytes + tiles * (tile_size * slot_bytes + tile_bytes)
+
+    num_chunks = 1
+    while True:
+        rows, tile_size, tiles, total = plan_chunk(num_chunks)
+        fewer = -(-num_queries // (2 * num_chunks)) * group
+        if total <= step_bytes or fewer * top_k < 2 * sizes.tile_sizes[0] * full_blocks:
+            break  # else smaller chunks, but for tiles half empty
+        num_chunks *= 2
+    tiles_per_step = -(-tiles // -(-total // step_bytes))
+    return _Plan(
+        block_size=blocks.block_size,
+        chunk_rows=rows,
+        num_chunks=num_chunks,
+        tile_size=tile_size,
+        tiles_per_step=tiles_per_step,
+        num_steps=None if blocks.is_packed else -(-tiles // tiles_per_step),
+        heads_per_step=divisor(batch * kv_heads, step_bytes // total),
         is_packed=blocks.is_packed,
         scale=scale,
     )
@@ -233,7 +290,9 @@ def _schedule(chunk: _Head, plan: _Plan) -> Schedule:
     )
 
 
-def _num_steps(schedule: Schedule, plan: _Plan) -> jax.Array:
+def _num_steps(schedule: Schedule, plan: _Plan) -> int | jax.Array:
+    if plan.num_steps is not None:
+        return plan.num_steps
     return loop_bound(-(-schedule.num_tiles // plan.tiles_per_step))
 
 
@@ -295,7 +354,7 @@ def _attend_head(head: _Head, keys: _Keys, plan: _Plan) -> tuple[jax.Array, jax.
 
         empty = jnp.zeros((num_pairs, head_dim), accumulator), jnp.full(num_pairs, -jnp.inf, accumulator)
         empty = vary_alike(empty, rows)
-        outputs, log_sum_exps = jax.lax.fori_loop(0, _num_steps(schedule, plan), attend_tiles, empty)
+        outputs, log_sum_exps = for_each(_num_steps(schedule, plan), attend_tiles, empty)
         return merge_stacked(outputs.reshape(-1, top_k, head_dim), log_sum_exps.reshape(-1, top_k), axis=1)
 
     return jax.lax.map(attend_chunk, (head.query, head.indices, head.key_stop))
@@ -328,7 +387,7 @@ def _differentiate_head(
             return d_key, d_value, _set_pairs(d_queries, tiles.pair, _product("itm,imd->itd", d_logits, tiles.key))
 
         d_queries = vary_alike(jnp.zeros((plan.chunk_rows * top_k, query.shape[-1]), accumulator), query)
-        *carry, d_queries = jax.lax.fori_loop(0, _num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries))
+        *carry, d_queries = for_each(_num_steps(schedule, plan), differentiate_tiles, (*carry, d_queries))
         d_query = d_queries.reshape(plan.chunk_rows, top_k, -1).sum(1)
         return tuple(carry), d_query.astype(query.dtype)
 

@@ -1,13 +1,17 @@
-"""Backends by platform: which one runs is settled when a program is compiled, for the platform it is compiled for.
+"""Backends by platform: which one runs is settled when a program is compiled, for the devices it is compiled for.
 
 A program may be traced on a CPU and compiled for a TPU, exported for both, or run on the CPU of a host that has a GPU.
 So the choice among backends is an operation of its own, `attention_by_platform`: tracing it costs next to nothing, and
 its lowering rule for a platform traces the first backend that runs there and can do the call. What is not compiled for
 is neither traced nor imported.
+
+Some backends are taken on proven kinds of devices alone. The kinds are those of all devices that the program is
+compiled for, on other hosts too, so every host of a mesh settles alike.
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +30,18 @@ _PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 class ByPlatform:
     """A backend that is the first of several which runs on the platform at hand and does not refuse the call.
 
+    Attributes:
+      backends: the several.
+      by_kind: (kind of device, backend): what goes before them where all devices are of that kind.
+      proven: the kinds of devices on which `backends` need no warning; None: all.
+
     Raises:
       NotImplementedError: where the program is compiled, if there is none; with the reasons.
     """
 
     backends: tuple[Backend, ...]
+    by_kind: tuple[tuple[str, Backend], ...] = ()
+    proven: frozenset[str] | None = None
 
     @property
     def platforms(self) -> None:
@@ -99,8 +110,37 @@ def _call(backend: ByPlatform, method: str, operands: tuple, options: tuple, lik
     return tuple(_primitive().bind(*leaves, backend=backend, method=method, tree=tree, options=options, types=types))
 
 
+def _lower(platform: str, context: mlir.LoweringRuleContext, *leaves: Any, **options: Any) -> Any:
+    """The lowering rule for one platform."""
+    run = functools.partial(_run, platform, _device_kinds(platform, context))
+    return mlir.lower_fun(run, multiple_results=True)(context, *leaves, **options)
+
+
+def _device_kinds(platform: str, context: mlir.LoweringRuleContext) -> frozenset[str]:
+    """The kinds of the devices that a program is lowered for.
+
+    Lowering knows its devices or, with Explicit axes, what they are like. Where it does not, as for a call outside
+    `jax.jit`, they are all devices of that platform, on every host; there may be none, as where a program is exported.
+    """
+    axes: Any = context.module_context.axis_context
+    if hasattr(axes, "mesh"):  # axes are manual, as in `jax.shard_map`
+        is_abstract = isinstance(axes.mesh, jax.sharding.AbstractMesh)
+        devices = [axes.mesh.abstract_device] if is_abstract else list(axes.mesh.devices.flat)
+    else:
+        devices = list(axes.device_assignment or ())
+    name = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    kinds = frozenset(device.device_kind for device in devices if device is not None and device.platform == name)
+    if kinds:
+        return kinds
+    try:
+        return frozenset(device.device_kind for device in jax.devices(platform))
+    except RuntimeError:  # this process has none
+        return frozenset()
+
+
 def _run(
     platform: str,
+    kinds: frozenset[str],
     *leaves: jax.Array,
     backend: ByPlatform,
     method: str,
@@ -108,10 +148,11 @@ def _run(
     options: tuple,
     types: tuple,
 ) -> list[jax.Array]:
-    """The operation on one platform."""
+    """The operation on devices of those kinds, all of one platform."""
     operands = tree.unflatten(leaves)
+    proven = [candidate for kind, candidate in backend.by_kind if kinds == {kind}]
     reasons = []
-    for candidate in backend.backends:
+    for candidate in (*proven, *backend.backends):
         if candidate.platforms is not None and platform not in candidate.platforms:
             continue
         if method == "route":
@@ -121,12 +162,24 @@ def _run(
         else:
             reason = candidate.refuses(*operands[:2])
         if reason is None:
+            if backend.proven is not None and not (kinds and kinds <= backend.proven):
+                _warn_unproven(type(candidate).__name__, platform, ", ".join(sorted(kinds)))
             results = jax.tree.leaves(getattr(candidate, method)(*operands, *options))
             return [result.astype(kind.dtype) for result, kind in zip(results, types, strict=True)]
         reasons.append(reason)
     names = ", ".join(type(candidate).__name__ for candidate in backend.backends)
     why = "; ".join(reasons) or f"{names} cannot run on {platform}"
     raise NotImplementedError(f"{why}; implementation='xla' does every call on every platform")
+
+
+@functools.cache
+def _warn_unproven(name: str, platform: str, kinds: str) -> None:
+    """Warns, once in a process."""
+    warnings.warn(
+        f"{name} have not been shown to be right on {platform}{kinds and f' ({kinds})'}: there, "
+        "`python -m experiments verify` says whether they are; implementation='xla' needs no proof",
+        stacklevel=2,
+    )
 
 
 @functools.cache
@@ -138,7 +191,7 @@ def _primitive() -> Any:
     primitive.multiple_results = True
     primitive.def_abstract_eval(lambda *_, types, **__: list(types))
     for platform in (*_PLATFORMS, None):  # None: any other
-        rule = mlir.lower_fun(functools.partial(_run, platform or "this platform"), multiple_results=True)
+        rule = functools.partial(_lower, platform or "this platform")
         mlir.register_lowering(primitive, rule, platform=platform)
     apply = jax.jit(primitive.bind, static_argnames=("backend", "method", "tree", "options", "types"))
     primitive.def_impl(apply)

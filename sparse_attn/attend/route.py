@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import Blocks
-from sparse_attn.loops import at_most, heads_per_step, loop_bound, map_heads
+from sparse_attn.loops import at_most, divisor, heads_per_step, loop_bound, map_heads
 from sparse_attn.sharding import vary_alike
 
 
@@ -46,11 +46,26 @@ class Sizes:
       rows_per_chunk: queries times heads of a group that are in work at a time.
       blocks_per_step: blocks that they are scored against at a time, at least top_k.
       elements_per_step: bounds the heads side by side, see `heads_per_step`.
+      step_bytes: if given, takes the place of the bounds above: memory of a step beside inputs and outputs, by
+        estimate. Rows without segments are then scored against all blocks in one step.
     """
 
     rows_per_chunk: int = 2048
     blocks_per_step: int = 128
     elements_per_step: int = 2**20
+    step_bytes: int | None = None
+
+
+def _sized(sizes: Sizes, rows: int, num_heads: int, head_dim: int, blocks: Blocks) -> Sizes:
+    """The bounds that follow from `step_bytes`, if that is given and no size is symbolic."""
+    if sizes.step_bytes is None or not all(isinstance(size, int) for size in (rows, num_heads, blocks.max_choices)):
+        return dataclasses.replace(sizes, step_bytes=None)
+    # Rows that hold one segment can have no more blocks than these; others can, but seldom do.
+    step_blocks = blocks.max_choices if blocks.is_packed else blocks.num_blocks
+    row_bytes = 24 * step_blocks + 8 * head_dim  # scores and ids, sorted and not; the query, as it is and in float32
+    chunks = -(-rows * row_bytes // sizes.step_bytes)
+    chunk_rows = -(-rows // chunks)
+    return Sizes(chunk_rows, step_blocks, sizes.step_bytes * step_blocks // row_bytes, sizes.step_bytes)
 
 
 def route(query: jax.Array, key: jax.Array, blocks: Blocks, top_k: int, is_causal: bool, sizes: Sizes) -> jax.Array:
@@ -65,15 +80,17 @@ def by_means(
     batch, num_queries, num_heads, head_dim = query.shape
     kv_heads = means.shape[1]
     group = num_heads // kv_heads
+    rows = num_queries * group
+    sizes = _sized(sizes, rows, batch * kv_heads, head_dim, blocks)
     step_blocks = at_most(max(sizes.blocks_per_step, top_k), blocks.num_blocks)
     whole_steps = (blocks.num_blocks + step_blocks - 1) // step_blocks * step_blocks
     means = jnp.pad(means, ((0, 0), (0, 0), (0, whole_steps - blocks.num_blocks), (0, 0)))
     means = means.reshape(batch * kv_heads, -1, head_dim)
 
     # Rows are (query, head of the group), query-major, for one key/value head of one batch row.
-    rows = num_queries * group
     chunk_rows = at_most(sizes.rows_per_chunk, rows)
     num_chunks = -(-rows // chunk_rows)
+    is_one_step = sizes.step_bytes is not None and whole_steps == step_blocks
 
     def split(array: jax.Array, fill: int) -> jax.Array:  # [batch, queries, heads, x]
         array = array.reshape(batch, num_queries, kv_heads, group, -1).swapaxes(1, 2)
@@ -100,11 +117,14 @@ def by_means(
             score, place = jax.lax.top_k(score, top_k)  # stable, and earlier blocks stand first: S3
             return score, jnp.take_along_axis(block, place, axis=1)
 
+        empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
+        empty = vary_alike(empty, query)
+        if is_one_step:
+            score, block = extend(jnp.int32(0), empty)
+            return jnp.where(score == -jnp.inf, -1, block)
         has_blocks = first <= last
         begin = jnp.where(has_blocks, first, blocks.num_blocks).min() // step_blocks
         end = jnp.where(has_blocks, last, -1).max() // step_blocks + 1
-        empty = jnp.full((chunk_rows, top_k), -jnp.inf, means.dtype), jnp.full((chunk_rows, top_k), -1, jnp.int32)
-        empty = vary_alike(empty, query)
         score, block = jax.lax.fori_loop(-loop_bound(-begin), loop_bound(end), extend, empty)
         return jnp.where(score == -jnp.inf, -1, block)
 
@@ -112,6 +132,8 @@ def by_means(
         return jax.lax.map(lambda rows: route_chunk(means, *rows), (query, reach))
 
     heads = heads_per_step(batch * kv_heads, chunk_rows * step_blocks, sizes.elements_per_step)
+    if is_one_step and isinstance(batch, int):
+        heads = divisor(batch * kv_heads, heads)
     indices = map_heads(route_head, (means, split(query, 0), split(reach, -1)), heads)
     indices = indices.reshape(batch, kv_heads, -1, top_k)[:, :, :rows]
     indices = indices.reshape(batch, kv_heads, num_queries, group, top_k).swapaxes(2, 3)

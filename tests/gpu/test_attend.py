@@ -10,9 +10,10 @@ import pytest
 from pallas_kernels.config import TRITON, TritonConfig
 from sparse_attn.attend.backends import TritonKernels
 from tests import attend, cases
+from tests.backends import needs_triton
 from tests.cases import Case
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), needs_triton]
 
 # Small, so that a chunk of 60 rows has several groups of rows to merge, a block several tiles and parts of keys.
 SMALL = TritonConfig(tile_size=16, key_size=16, backward_tile_size=16, merge_rows=16)

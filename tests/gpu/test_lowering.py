@@ -3,9 +3,10 @@
 import jax
 import pytest
 
+from tests.backends import needs_triton
 from tests.gpu.compile import attend_variants, h100, route_variant
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), needs_triton]
 
 KERNELS = (
     *("moba_block_means", "moba_route", "attend_tiles", "merge_partials"),

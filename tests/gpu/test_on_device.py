@@ -1,50 +1,71 @@
-"""The check of the GPU kernels, and what the benchmark makes of its measurements."""
+"""The command for a lent machine: rehearsed on a CPU, and what it makes of its measurements."""
 
-import os
+import json
 import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
-from experiments.__main__ import EXTRAS
-from experiments.kernels import calls, on_device
-from experiments.kernels.roofline import Problem
-from pallas_kernels.config import TRITON
+from experiments.__main__ import EXTRAS, main
+from experiments.kernels import on_device, verify
+from tests.backends import needs_triton
 
-PROBLEM = Problem(sequence=48, block_size=16, top_k=2, head_dim=16, batch=1, heads=1)
+ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_it_needs_neither_flax_nor_an_extra():
+def test_without_time_every_step_is_left_out_and_neither_flax_nor_an_extra_is_needed(tmp_path):
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({[*EXTRAS, "flax"]}))
 from experiments.__main__ import main
-main(["on_device"])
+sys.exit(main(["on_device", "--minutes", "0", "--out", sys.argv[1]]))
 """
-    root, environment = pathlib.Path(__file__).parents[2], os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "error: JAX finds no GPU. What the kernels should cost: python -m experiments roofline" in done.stderr
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["about"] == {"left_out": "the time was up"}
+    assert report["implementation"] is None
 
 
-def test_the_interpreted_kernels_pass_the_check():
-    assert on_device.check(PROBLEM, TRITON, interpret=True) == {
-        "route": True,
-        "forward": True,
-        "forward_backward": True,
-    }
+@needs_triton
+@pytest.mark.timeout(180)
+def test_every_step_is_rehearsed_with_interpreted_kernels(tmp_path, capsys):
+    assert main(["on_device", "--rehearse", "--minutes", "3", "--out", str(tmp_path)]) == 0
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(files) == {"verify.json", "tuning.json", "pallas.json", "pallas.md"}
+    report = {name: json.loads(text) for name, text in files.items() if name.endswith(".json")}
+    assert [check["part"] for check in report["verify.json"]["checks"] if "errors" in check] == list(verify.PARTS)
+    assert report["verify.json"]["implementation"] == "pallas"
+    tried = report["tuning.json"]["pallas"]["tried"]
+    assert [trial["sizes"] for trial in tried] == [{}, {"tile_size": 64}]
+    assert all(trial["is_right"] for trial in tried)
+    (problem,) = report["pallas.json"]["problems"]
+    assert problem["seconds"]["whole_forward_backward"]["median"] > 0
+    assert not problem["failures"]
+    assert "is it right?" in capsys.readouterr().out
 
 
-def test_wrong_results_do_not_pass_the_check():
-    expected = calls.right_results(PROBLEM, calls.make_arrays(PROBLEM))
-    assert calls.is_right(expected, expected)
-    output, log_sum_exp = expected["forward"]
-    assert not calls.is_right((output.at[0, 5, 0, 3].add(0.2), log_sum_exp), expected["forward"])
-    assert not calls.is_right(expected["route"].at[0, 0, 40, 1].add(1), expected["route"])
-    assert not calls.is_right((output, log_sum_exp.at[0, 7, 0].set(float("nan"))), expected["forward"])
+def test_sizes_are_kept_that_are_right_and_faster():
+    found = {"sizes": {}, "seconds": None, "tried": []}
+    trials = on_device._trials(found, {"rehearse": False}, {"tile_size": (64, 32), "num_stages": (3,)})
+    outcomes = iter([(3.0, True), (2.0, True), (1.0, False), (2.5, True)])
+    asked = []
+    for step in trials:
+        asked.append(step["sizes"])
+        seconds, is_right = next(outcomes)
+        on_device._note(found, step["sizes"], {"seconds": seconds, "is_right": is_right})
+    assert asked == [{}, {"tile_size": 64}, {"tile_size": 32}, {"tile_size": 64, "num_stages": 3}]
+    assert found["sizes"] == {"tile_size": 64}
+
+
+def test_results_that_differ_or_are_no_numbers_are_not_close():
+    right = [jnp.ones((2, 3), jnp.bfloat16), jnp.full(4, 100.0, jnp.bfloat16)]
+    assert on_device.is_close(right, right)
+    assert not on_device.is_close([right[0].at[1, 2].add(0.1), right[1]], right)
+    assert not on_device.is_close([right[0].at[1, 2].set(jnp.nan), right[1]], right)
 
 
 def test_stages_are_differences_of_the_calls_that_were_measured():

@@ -9,9 +9,10 @@ from pallas_kernels.gpu.triton import routing
 from sparse_attn.checks import Sequences
 from sparse_attn.layout import make_blocks, order_keys, whole_rows
 from tests import cases, oracle
+from tests.backends import needs_triton
 from tests.cases import Case
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), needs_triton]
 
 # Small, so that short sequences have several tiles and panels, and a block of five keys three steps of two.
 SMALL = TritonConfig(route_queries=16, route_blocks=16, means_keys=2)

@@ -1,4 +1,10 @@
-"""Which backend runs is settled for the platform that a program is compiled for, wherever it is traced."""
+"""Which backend runs is settled for the devices that a program is compiled for, wherever it is traced."""
+
+import importlib.util
+import subprocess
+import sys
+import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +12,10 @@ import numpy as np
 import pytest
 
 import sparse_attn
+from sparse_attn.attend import backends, platform
 from sparse_attn.attend.backends import TpuKernels, resolve
 from sparse_attn.attend.choice import PerTile
+from sparse_attn.attend.platform import ByPlatform
 from sparse_attn.grammar.attend import attend_levels
 from sparse_attn.layout import whole_rows
 from sparse_attn.selection import LevelMap
@@ -31,19 +39,69 @@ def program(platforms, implementation=None, dtype=jnp.bfloat16, gradient=False):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_a_program_for_a_tpu_has_its_kernels_by_default_and_by_name(gradient):
-    for implementation in (None,) if gradient else (None, "pallas", TpuKernels()):
+def test_a_program_for_a_tpu_has_kernels_by_name_alone(gradient):
+    for implementation in ("pallas",) if gradient else ("pallas", TpuKernels()):
         assert "tpu_custom_call" in program(["tpu"], implementation, gradient=gradient).mlir_module()
-    assert "tpu_custom_call" not in program(["tpu"], "xla", gradient=gradient).mlir_module()
+    for implementation in (None, "xla"):
+        assert "tpu_custom_call" not in program(["tpu"], implementation, gradient=gradient).mlir_module()
+
+
+def test_on_verified_kinds_of_devices_alone_kernels_are_the_default(monkeypatch):
+    """For an exported program the kinds are those of this process's devices of the platform."""
+    monkeypatch.setattr(backends, "VERIFIED", {"TPU v9": "pallas"})
+    local = jax.devices()
+    kinds = []
+
+    def devices(name=None):
+        return [types.SimpleNamespace(device_kind=kind) for kind in kinds] if name == "tpu" else local
+
+    monkeypatch.setattr(jax, "devices", devices)
+    for there, is_kernel in (((), False), (("TPU v9",), True), (("TPU v8",), False), (("TPU v9", "TPU v8"), False)):
+        kinds[:] = there
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert ("tpu_custom_call" in program(["tpu"]).mlir_module()) == is_kernel
+        assert "tpu_custom_call" not in program(["tpu"], dtype=jnp.float16).mlir_module()  # refused, hence XLA
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_kinds_are_those_of_the_devices_compiled_for():
+    command = [sys.executable, "-m", "tests.tpu.lower_by_kind"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("implementation", "name"), [("pallas", "TpuKernels"), (TpuKernels(), "TpuKernels")])
+def test_a_kernel_by_name_comes_with_one_warning(implementation, name):
+    """Router, forward and backward pass share it."""
+    platform._warn_unproven.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        program(["tpu"], implementation, gradient=True)
+    (message,) = (str(warning.message) for warning in caught if "experiments verify" in str(warning.message))
+    assert name in message
+
+
+def test_a_kernel_by_name_needs_no_warning_where_it_is_verified(monkeypatch):
+    platform._warn_unproven.cache_clear()
+    monkeypatch.setattr(backends, "VERIFIED", {"TPU v9": "pallas"})
+    local, chip = jax.devices(), types.SimpleNamespace(device_kind="TPU v9")
+    monkeypatch.setattr(jax, "devices", lambda name=None: [chip] if name == "tpu" else local)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program(["tpu"], "pallas")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
-def test_a_program_for_another_platform_has_none(platform):
+def test_a_program_for_another_platform_has_none(platform, monkeypatch):
+    monkeypatch.setattr(backends, "VERIFIED", {jax.devices()[0].device_kind: "pallas"})
     assert "custom_call @tpu" not in program([platform]).mlir_module()
 
 
 def test_one_program_serves_several_platforms():
-    exported = program(["cpu", "tpu", "cuda"], dtype=jnp.float32)
+    everywhere = ByPlatform((TpuKernels(), *backends.XLA.backends))
+    exported = program(["cpu", "tpu", "cuda"], everywhere, dtype=jnp.float32)
     assert "tpu_custom_call" in exported.mlir_module()
     arrays = np.random.default_rng(0).standard_normal((3, *SHAPE.shape)).astype(np.float32)
     cases.assert_close(exported.call(*arrays), oracle.moba(*arrays, **OPTIONS), "float32")  # on a CPU
@@ -52,15 +110,15 @@ def test_one_program_serves_several_platforms():
 def test_the_host_does_not_decide(monkeypatch):
     """On a machine that has a TPU, a computation placed on its CPU runs there, and CPU programs have no kernels."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "tpu_custom_call" not in program(["cpu"]).mlir_module()
+    everywhere = ByPlatform((TpuKernels(), *backends.XLA.backends))
+    assert "tpu_custom_call" not in program(["cpu"], everywhere).mlir_module()
     query, key, value = np.random.default_rng(0).standard_normal((3, 1, 48, 2, 64)).astype(np.float32)
     options = {"block_size": 16, "top_k": 2, "is_causal": True}
     output = jax.jit(lambda *arrays: sparse_attn.moba_attention(*arrays, **options))(query, key, value)
     cases.assert_close(output, oracle.moba(query, key, value, **options), "float32")
 
 
-def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named():
-    assert "tpu_custom_call" not in program(["tpu"], dtype=jnp.float16).mlir_module()
+def test_what_a_kernel_by_name_refuses_is_an_error():
     with pytest.raises(NotImplementedError, match="float16"):
         program(["tpu"], "pallas", dtype=jnp.float16)
     with pytest.raises(NotImplementedError, match="TpuKernels cannot run on cpu"):
@@ -68,9 +126,6 @@ def test_what_the_kernels_refuse_goes_to_xla_unless_they_were_named():
 
 
 def test_tracing_on_a_cpu_imports_no_kernels():
-    import subprocess
-    import sys
-
     code = """
     import sys, jax, jax.numpy as jnp, sparse_attn
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
@@ -103,7 +158,8 @@ def test_tiles_and_their_gradients_run_through_the_kernels(interpret):
         cases.assert_close(actual, expected, "float32")
 
 
-def test_tiles_take_the_kernels_on_a_tpu_and_xla_for_what_they_refuse():
+def test_tiles_take_the_kernels_for_a_tpu_and_xla_for_what_they_refuse():
+    everywhere = ByPlatform((TpuKernels(), *backends.XLA.backends))
     shape = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
 
     def compiled(block_size, **weight):
@@ -111,7 +167,8 @@ def test_tiles_take_the_kernels_on_a_tpu_and_xla_for_what_they_refuse():
             number = 256 // block_size
             levels = LevelMap(jnp.ones((1, 2, number, number), jnp.int8), block_size, block_size)
             blocks = whole_rows(query, key, block_size=block_size, is_causal=True)
-            return attend_levels(query, key, value, levels, blocks, scale=0.2, **weight).output()
+            options = {"scale": 0.2, "implementation": everywhere, **weight}
+            return attend_levels(query, key, value, levels, blocks, **options).output()
 
         return jax.export.export(jax.jit(attend), platforms=["tpu"])(shape, shape, shape).mlir_module()
 

@@ -83,7 +83,7 @@ def attend_backward(
     config: MosaicConfig = MOSAIC,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `backward.attend_backward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU, and says so.
+    """As `backward.attend_backward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU.
 
     Args:
       arrays: bfloat16 or float16, head_dim up to 128; else as there.

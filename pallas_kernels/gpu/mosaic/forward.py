@@ -72,7 +72,7 @@ def attend_forward(
     config: MosaicConfig = MOSAIC,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `forward.attend_forward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU, and says so.
+    """As `forward.attend_forward`, in Mosaic GPU, for Hopper. Unverified: it has not run on a GPU.
 
     Args:
       arrays: bfloat16 or float16, head_dim up to 128; else as there.

@@ -39,10 +39,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import TRITON, TritonConfig
+from pallas_kernels.gpu import plain
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -61,6 +61,7 @@ from pallas_kernels.gpu.tiles import (
     load_rows,
     loop,
     padded_head_dim,
+    plgpu,
     refuses,
     store_rows,
 )
@@ -200,6 +201,8 @@ def add_up(
     chunk: Chunk, partial: jax.Array, d_query: jax.Array, plan: Plan, config: TritonConfig, interpret: bool
 ) -> jax.Array:
     """dQ `[batch * queries * heads, head_dim]` with the rows of the chunk written in place."""
+    if plgpu is None:
+        return plain.add_up(chunk, partial, d_query, plan)
     return pl.pallas_call(
         functools.partial(_add_up_kernel, plan=plan, merge_rows=config.merge_rows),
         out_shape=jax.ShapeDtypeStruct(d_query.shape, d_query.dtype),

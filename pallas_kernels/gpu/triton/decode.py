@@ -33,7 +33,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Arrays
 from pallas_kernels.config import TRITON, TritonConfig
@@ -49,6 +48,7 @@ from pallas_kernels.gpu.tiles import (
     load_rows,
     loop,
     padded_head_dim,
+    plgpu,
     power_of_two,
     store_numbers,
     store_rows,

@@ -32,10 +32,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import TRITON, TritonConfig
+from pallas_kernels.gpu import plain
 from pallas_kernels.gpu.chunks import (
     Chunk,
     Plan,
@@ -52,6 +52,7 @@ from pallas_kernels.gpu.tiles import (
     load_rows,
     loop,
     padded_head_dim,
+    plgpu,
     refuses,
     store_numbers,
     store_rows,
@@ -237,6 +238,8 @@ def merge(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[batch * queries * heads, head_dim]` and log-sum-exp, with the rows of the chunk written in place."""
+    if plgpu is None:
+        return plain.merge(chunk, partial_output, partial_sum, output, log_sum_exp, plan)
     return pl.pallas_call(
         functools.partial(_merge_kernel, plan=plan, merge_rows=config.merge_rows),
         out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (output, log_sum_exp)],

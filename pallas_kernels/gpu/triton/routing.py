@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TRITON, TritonConfig
@@ -48,6 +47,7 @@ from pallas_kernels.gpu.tiles import (
     load_rows,
     loop,
     padded_head_dim,
+    plgpu,
     power_of_two,
     store_numbers,
     store_rows,
