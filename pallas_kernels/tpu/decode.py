@@ -118,7 +118,7 @@ def attend(
     stop = jnp.broadcast_to(few.stop[:, None, :, None], (*few.indices.shape[:3], 1))
     lists = jnp.concatenate([few.indices, stop], axis=3)  # [batch, kv_heads, rows, top_k + 1]
     at_once = max(1, min(keys_per_step // block_size, _MOST_BLOCKS_PER_STEP, entries))
-    num_steps = jnp.maximum(lax.div(few.count.max() + (at_once - 1), jnp.int32(at_once)), 1)
+    num_steps = jnp.maximum(lax.div(few.union_length.max() + (at_once - 1), jnp.int32(at_once)), 1)
 
     def block_of(operand: int, size: int) -> pl.BlockSpec:
         """Where an operand of a step is: at its place in the union, or where it was last if that is behind the end."""
@@ -159,7 +159,7 @@ def attend(
         ),
         name="attend_few",
         interpret=interpret,
-    )(few.union.reshape(-1), few.count.reshape(-1), few.query, lists, *[key] * at_once, *[value] * at_once)
+    )(few.union.reshape(-1), few.union_length.reshape(-1), few.query, lists, *[key] * at_once, *[value] * at_once)
     return join(output, query)
 
 
