@@ -14,9 +14,8 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, size: int, attention: VMoBA, rngs: nnx.Rngs):
         self.attention = SelfAttention(attention=attention, in_features=size, num_heads=2, rngs=rngs)
-        self.mlp = nnx.Sequential(
-            nnx.Linear(size, 2 * size, rngs=rngs), nnx.gelu, nnx.Linear(2 * size, size, rngs=rngs)
-        )
+        up, down = nnx.Linear(size, 2 * size, rngs=rngs), nnx.Linear(2 * size, size, rngs=rngs)
+        self.mlp = nnx.Sequential(up, nnx.gelu, down)
         self.norm = nnx.LayerNorm(size, use_bias=False, use_scale=False, rngs=rngs)
         self.modulation = nnx.Linear(size, 6 * size, kernel_init=nnx.initializers.zeros, rngs=rngs)
 

@@ -24,14 +24,14 @@ class FewRows(NamedTuple):
       indices: int32 `[batch, kv_heads, rows, top_k]`, the blocks of each row, -1 for none.
       stop: int32 `[batch, rows]`, one past the last key that a row sees, 0 for padding.
       union: int32 `[batch, kv_heads, entries]`, the blocks that some row attends, rising; 0 behind the last.
-      count: int32 `[batch, kv_heads]`, how many they are.
+      union_length: int32 `[batch, kv_heads]`, how many they are.
     """
 
     query: jax.Array
     indices: jax.Array
     stop: jax.Array
     union: jax.Array
-    count: jax.Array
+    union_length: jax.Array
 
 
 def num_rows(arrays: Arrays) -> int:
@@ -78,7 +78,7 @@ def lay_out(arrays: Arrays, indices: jax.Array, length: jax.Array, num_new: jax.
         indices=jnp.pad(indices, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=-1),
         stop=jnp.pad(stop, ((0, 0), (0, padding))),
         union=jnp.where(is_block, union, 0),
-        count=is_block.sum(-1, dtype=jnp.int32),
+        union_length=is_block.sum(-1, dtype=jnp.int32),
     )
 
 

@@ -339,6 +339,45 @@ def _splash(tokens: int, tile: int, backward: bool = False) -> tuple:
     return attend, [((1, tokens, HEAD_DIM), jnp.bfloat16)] * 3
 
 
+def _decode(tokens: int, blocks: int, kv_heads: int, group: int) -> tuple:
+    """A decode step: one query each of 8 blocks of 128 keys, of which the heads of a group choose `blocks` together."""
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    from pallas_kernels.tpu import decode
+    from sparse_attn.attend import cached
+    from sparse_attn.decode import moba
+
+    def fixed_grid(*, grid: tuple, **options: Any) -> Any:
+        return pltpu.PrefetchScalarGridSpec(grid=(*grid[:2], -(-blocks // 8)), **options)
+
+    decode.pl = _with(pl, when=_always)  # type: ignore[attr-defined]
+    decode.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)  # type: ignore[attr-defined]
+
+    def step(query: Any, key: Any, mean: Any, length: Any) -> Any:
+        new = jnp.ones_like(length)
+        geometry = cached.geometry(length, new, 1, tokens // 128, 128)
+        indices = moba._choose_from_table(query, mean, geometry, 8)
+        return decode.attend((query, key, key), indices, length, new, scale=HEAD_DIM**-0.5)
+
+    cache = (1, kv_heads, tokens // 128, 128, HEAD_DIM)
+    query, mean = ((1, 1, kv_heads * group, HEAD_DIM), jnp.bfloat16), ((*cache[:3], HEAD_DIM), jnp.float32)
+    return step, [query, (cache, jnp.bfloat16), mean, ((1,), jnp.int32)]
+
+
+def _dense_decode(tokens: int, kv_heads: int, group: int) -> tuple:
+    """The same step over all keys, in plain XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    def step(query: Any, key: Any, value: Any, length: Any) -> Any:
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=length)
+
+    cache = ((1, tokens, kv_heads, HEAD_DIM), jnp.bfloat16)
+    return step, [((1, 1, kv_heads * group, HEAD_DIM), jnp.bfloat16), cache, cache, ((1,), jnp.int32)]
+
+
 # By name: what returns the function to compile, its arguments as (shape, dtype), and the arguments it may overwrite.
 PARTS: dict[str, Callable[..., tuple]] = {
     "forward": _forward,
@@ -349,6 +388,8 @@ PARTS: dict[str, Callable[..., tuple]] = {
     "router": _router,
     "tiles": _tiles,
     "splash": _splash,
+    "decode": _decode,
+    "dense_decode": _dense_decode,
 }
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ the first fetch of a call and some scalar work for each operand of a step, hence
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +47,6 @@ from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
 _LANES = 128
 _ROW_MULTIPLE = 16  # rows of a register of bfloat16
 _KEYS_PER_STEP = 1024
-_MOST_BLOCKS_PER_STEP = 16  # each is two operands, whose copies the scalar unit starts and awaits
 _STEP_BYTES = 24 << 20  # VMEM for two buffers of keys and values, and the logits of 128 rows
 _MOST_ENTRIES = 1 << 17  # of all unions, in SMEM
 
@@ -112,96 +113,127 @@ def attend(
         raise NotImplementedError(reason)
     query, key, value = arrays
     batch, kv_heads, _, block_size, head_dim = key.shape
-    value_head_dim = value.shape[4]
+    heads, value_head_dim = batch * kv_heads, value.shape[4]
     few = lay_out(arrays, indices, length, num_new, row_multiple=_ROW_MULTIPLE)
     rows, entries = few.query.shape[2], few.union.shape[2]
     stop = jnp.broadcast_to(few.stop[:, None, :, None], (*few.indices.shape[:3], 1))
-    lists = jnp.concatenate([few.indices, stop], axis=3)  # [batch, kv_heads, rows, top_k + 1]
-    at_once = max(1, min(keys_per_step // block_size, _MOST_BLOCKS_PER_STEP, entries))
-    num_steps = jnp.maximum(lax.div(few.count.max() + (at_once - 1), jnp.int32(at_once)), 1)
+    lists = jnp.concatenate([few.indices, stop], axis=3).reshape(heads, rows, -1)
+    at_once = max(1, min(keys_per_step // block_size, entries))
 
-    def block_of(operand: int, size: int) -> pl.BlockSpec:
-        """Where an operand of a step is: at its place in the union, or where it was last if that is behind the end."""
-
-        def index(b: jax.Array, h: jax.Array, step: jax.Array, union_ref: Any, count_ref: Any) -> tuple[Any, ...]:
-            head = b * kv_heads + h
-            last = count_ref[head] - 1
-            before = jnp.where(operand <= last, last - lax.rem(last - operand, at_once), 0)
-            place = step * at_once + operand
-            return b, h, union_ref[head * entries + jnp.where(place <= last, place, before)], 0, 0
-
-        return pl.BlockSpec((1, 1, 1, block_size, size), index)
+    # The steps of all heads in one row. A head without blocks has one step too, which writes its zeros.
+    union_length = few.union_length.reshape(heads)
+    steps = jnp.maximum(lax.div(union_length + (at_once - 1), jnp.int32(at_once)), 1)
+    end = jnp.cumsum(steps, dtype=jnp.int32)
+    step = lax.broadcasted_iota(jnp.int32, (heads * -(-entries // at_once), heads), 0)
+    head_of_step = jnp.minimum((step >= end[None]).sum(1, dtype=jnp.int32), heads - 1)
 
     def own(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, *_: (b, h, 0, 0))
+        return pl.BlockSpec((1, *shape), lambda step, head_ref, *_: (head_ref[step], 0, 0))
 
     output = pl.pallas_call(
         functools.partial(_kernel, at_once=at_once, block_size=block_size, entries=entries, scale=scale),
-        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, rows, value_head_dim), query.dtype),
+        out_shape=jax.ShapeDtypeStruct((heads, rows, value_head_dim), query.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(batch, kv_heads, num_steps),
+            num_scalar_prefetch=4,
+            grid=(end[-1],),
             in_specs=[
                 own(rows, head_dim),
-                own(rows, lists.shape[3]),
-                *(block_of(operand, head_dim) for operand in range(at_once)),
-                *(block_of(operand, value_head_dim) for operand in range(at_once)),
+                own(rows, lists.shape[2]),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=own(rows, value_head_dim),
             scratch_shapes=[
+                pltpu.VMEM((2, at_once * block_size, head_dim), key.dtype),
+                pltpu.VMEM((2, at_once * block_size, value_head_dim), key.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
                 pltpu.VMEM((rows, value_head_dim), jnp.float32),
                 pltpu.VMEM((rows, 1), jnp.float32),
                 pltpu.VMEM((rows, 1), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=32 << 20
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=32 << 20),
         name="attend_few",
         interpret=interpret,
-    )(few.union.reshape(-1), few.count.reshape(-1), few.query, lists, *[key] * at_once, *[value] * at_once)
-    return join(output, query)
+    )(
+        head_of_step,
+        end - steps,
+        union_length,
+        few.union.reshape(-1),
+        few.query.reshape(heads, rows, head_dim),
+        lists,
+        key.reshape(heads, *key.shape[2:]),
+        value.reshape(heads, *value.shape[2:]),
+    )
+    return join(output.reshape(batch, kv_heads, rows, value_head_dim), query)
 
 
 def _kernel(
-    union_ref: Any,  # SMEM [batch * kv_heads * entries]
-    count_ref: Any,  # SMEM [batch * kv_heads]
-    query_ref: Any,  # [1, 1, rows, head_dim]
-    list_ref: Any,  # [1, 1, rows, top_k + 1]: blocks, then how many keys the row sees
-    *refs: Any,  # at_once keys and as many values [1, 1, 1, block_size, x]; output [1, 1, rows, x]; scratch
+    head_ref: Any,  # SMEM [steps], the key/value head of each step, of batch * kv_heads
+    first_ref: Any,  # SMEM [heads], first step of each head
+    length_ref: Any,  # SMEM [heads], blocks of its union
+    union_ref: Any,  # SMEM [heads * entries]
+    query_ref: Any,  # [1, rows, head_dim]
+    list_ref: Any,  # [1, rows, top_k + 1]: blocks, then how many keys the row sees
+    key_hbm: Any,  # [heads, blocks, block_size, head_dim]
+    value_hbm: Any,  # [heads, blocks, block_size, value_head_dim]
+    output_ref: Any,  # [1, rows, value_head_dim]
+    key_ref: Any,  # [2, at_once * block_size, head_dim], keys of this step and of the next one
+    value_ref: Any,  # [2, at_once * block_size, value_head_dim]
+    semaphores: Any,  # [2]
+    accumulator_ref: Any,  # [rows, value_head_dim]
+    largest_ref: Any,  # [rows, 1]
+    total_ref: Any,  # [rows, 1]
+    *,
     at_once: int,
     block_size: int,
     entries: int,
     scale: float,
 ) -> None:
-    key_refs, value_refs = refs[:at_once], refs[at_once : 2 * at_once]
-    output_ref, accumulator_ref, largest_ref, total_ref = refs[2 * at_once :]
-    head, step = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1), pl.program_id(2)
-    first, count = step * at_once, count_ref[head]
+    step, num_steps = pl.program_id(0), pl.num_programs(0)
+
+    def span(step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The head of a step, its first entry in the head's union, and how many blocks it has."""
+        head = head_ref[step]
+        first = (step - first_ref[head]) * at_once
+        return head, first, jnp.clip(length_ref[head] - first, 0, at_once)
+
+    def for_copies(step: jax.Array, act: Callable[[Any], None]) -> None:
+        head, first, number = span(step)
+        slot = lax.rem(step, 2)
+
+        def body(place: jax.Array, carry: None) -> None:
+            block = union_ref[head * entries + first + place]
+            keys = pl.ds(pl.multiple_of(place * block_size, block_size), block_size)
+            for source, target in ((key_hbm, key_ref), (value_hbm, value_ref)):
+                act(pltpu.make_async_copy(source.at[head, block], target.at[slot, keys], semaphores.at[slot]))
+
+        lax.fori_loop(0, number, body, None)
 
     @pl.when(step == 0)
+    def _() -> None:
+        value_ref[...] = jnp.zeros(value_ref.shape, value_ref.dtype)  # what is never fetched is multiplied by 0
+        for_copies(step, lambda copy: copy.start())
+
+    @pl.when(step + 1 < num_steps)
+    def _() -> None:
+        for_copies(step + 1, lambda copy: copy.start())
+
+    head, first, number = span(step)
+
+    @pl.when(first == 0)
     def _() -> None:
         accumulator_ref[...] = jnp.zeros(accumulator_ref.shape, jnp.float32)
         largest_ref[...] = jnp.full(largest_ref.shape, OUT_OF_SIGHT, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
 
-    @pl.when(first < count)
+    @pl.when(number > 0)
     def _() -> None:
-        lists = list_ref[0, 0]
-        blocks, stop = lists[:, :-1], lists[:, -1:]
-        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], at_once * block_size), 1)
-        limit = jnp.zeros(column.shape, jnp.int32)  # a row sees the columns below it
-        for operand in range(at_once):
-            place = first + operand
-            block = jnp.where(place < count, union_ref[head * entries + jnp.minimum(place, entries - 1)], -2)
-            is_chosen = jnp.where(blocks == block, 1.0, 0.0).max(1, keepdims=True) > 0  # [rows, 1]
-            begin = operand * block_size
-            seen = jnp.where(is_chosen, begin + stop - block * block_size, 0)  # [rows, 1]
-            limit = jnp.where(column >= begin, seen, limit)
-        is_seen = column < limit
-        key = jnp.concatenate([ref[0, 0, 0] for ref in key_refs], axis=0)
-        value = jnp.concatenate([ref[0, 0, 0] for ref in value_refs], axis=0)
-        logits = jnp.where(is_seen, product(query_ref[0, 0], key, NT) * (scale * LOG2_E), OUT_OF_SIGHT)
+        is_seen = _visible(list_ref[0], union_ref, head * entries + first, number, at_once, block_size)
+        for_copies(step, lambda copy: copy.wait())
+        slot = lax.rem(step, 2)
+        key, value = key_ref[slot], value_ref[slot]
+        logits = jnp.where(is_seen, product(query_ref[0], key, NT) * (scale * LOG2_E), OUT_OF_SIGHT)
         largest = largest_ref[...]
         new_largest = jnp.maximum(largest, logits.max(1, keepdims=True))
         factor = jnp.exp2(largest - new_largest)
@@ -210,7 +242,28 @@ def _kernel(
         total_ref[...] = total_ref[...] * factor + weight.sum(1, keepdims=True)
         accumulator_ref[...] = accumulator_ref[...] * factor + product(weight.astype(value.dtype), value, NN)
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(first + at_once >= length_ref[head])
     def _() -> None:
         total = total_ref[...]
-        output_ref[0, 0] = (accumulator_ref[...] / jnp.where(total == 0, 1, total)).astype(output_ref.dtype)
+        output_ref[0] = (accumulator_ref[...] / jnp.where(total == 0, 1, total)).astype(output_ref.dtype)
+
+
+def _visible(
+    lists: jax.Array, union_ref: Any, first: jax.Array, number: jax.Array, at_once: int, block_size: int
+) -> jax.Array:
+    """Which keys of a step every row attends, bool `[rows, at_once * block_size]`; lists as in `_kernel`."""
+    stop = lists[:, -1:]
+    parts = []
+    together = math.lcm(block_size, _LANES) // block_size  # blocks that fill whole registers
+    for begin in range(0, at_once, together):
+        places = range(begin, min(begin + together, at_once))
+        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], len(places) * block_size), 1)
+        limit = jnp.zeros(column.shape, jnp.int32)  # a row sees the columns below it
+        for place in places:
+            block = jnp.where(place < number, union_ref[first + jnp.minimum(place, number - 1)], -2)
+            is_chosen = jnp.where(lists == block, 1.0, 0.0)[:, :-1].max(1, keepdims=True) > 0  # [rows, 1]
+            offset = (place - begin) * block_size
+            seen = jnp.where(is_chosen, offset + stop - block * block_size, 0)  # [rows, 1]
+            limit = jnp.where(column >= offset, seen, limit)
+        parts.append(column < limit)
+    return jnp.concatenate(parts, axis=1)

@@ -35,7 +35,7 @@ from pallas_kernels.blocks import Blocks
 from pallas_kernels.config import TRITON, MosaicConfig
 from pallas_kernels.gpu.mosaic import backward as mosaic_backward
 from pallas_kernels.gpu.mosaic import forward as mosaic_forward
-from pallas_kernels.gpu.triton import backward, forward
+from pallas_kernels.gpu.triton import backward, decode, forward
 from pallas_kernels.gpu.triton.routing import route
 from tests.cases import abstract_blocks
 
@@ -88,6 +88,20 @@ def attend_variants(dtype: str, head_dim: int, block_size: int, top_k: int, **op
     )
 
 
+def decode_variant(dtype: str, head_dim: int, block_size: int, top_k: int, group: int, queries: int) -> Variant:
+    """A few new tokens and a cache."""
+
+    def numbers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    query = jax.ShapeDtypeStruct((1, queries, _KV_HEADS * group, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((1, _KV_HEADS, _TOKENS // block_size, block_size, head_dim), dtype)
+    indices = numbers(1, _KV_HEADS * group, queries, top_k)
+    name = f"decode {dtype} head_dim={head_dim} block_size={block_size} top_k={top_k} rows={group * queries}"
+    shapes = (query, key, key), indices, numbers(1), numbers(1)
+    return Variant(name, functools.partial(decode.attend, scale=0.1), shapes)
+
+
 def _shapes(dtype: str, head_dim: int, block_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Blocks]:
     """Queries, keys and the geometry."""
 
@@ -109,6 +123,8 @@ def triton_variants() -> Iterator[Variant]:
                 yield route_variant(dtype, head_dim, 64, top_k)
             for block_size, top_k in ((16, 64), (64, 16), (100, 8), (512, 2)):
                 yield from attend_variants(dtype, head_dim, block_size, top_k)
+            for block_size, top_k, group, queries in ((128, 8, 1, 1), (16, 64, 8, 4), (100, 8, 8, 16)):
+                yield decode_variant(dtype, head_dim, block_size, top_k, group, queries)
 
 
 def mosaic_variants() -> Iterator[Variant]:

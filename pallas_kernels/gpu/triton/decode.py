@@ -142,7 +142,7 @@ def attend(
 def _flat(few: FewRows) -> tuple[jax.Array, ...]:
     return (
         few.union.reshape(-1),
-        few.count.reshape(-1),
+        few.union_length.reshape(-1),
         (few.indices + 1).reshape(-1, few.indices.shape[3]),
         few.stop.reshape(-1),
         few.query.reshape(-1, few.query.shape[3]),
