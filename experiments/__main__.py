@@ -8,10 +8,11 @@ from experiments.stop import Stopped
 COMMANDS = {
     "train": "train one model, or go on with a run that was stopped",
     "evaluate": "evaluate a trained model, at any length and on any task",
+    "generate": "let a trained model go on with a prompt",
     "study": "run one study of a preset",
     "reproduce": "run every study of a preset, then write its report",
     "report": "write the report from the studies' files",
-    "benchmark": "time and memory against dense attention",
+    "benchmark": "time and memory against dense attention, training or decoding",
     "on_device": "test and time the GPU kernels on this machine's GPU",
     "compare_torch": "time PyTorch's flash attention on the problems of on_device",
     "roofline": "what the GPU kernels should cost, by arithmetic",
