@@ -52,8 +52,8 @@ class Sampling:
             raise ValueError(f"top_p must lie above 0 and be at most 1, got top_p={self.top_p}")
 
     def filter(self, logits: jax.Array) -> jax.Array:
-        """The logits float32 `[batch, vocab_size]` over temperature (above 0), -inf for tokens not to be drawn."""
-        logits = logits / self.temperature
+        """Logits float32 `[batch, vocab_size]` over temperature (above 0), the largest 0; -inf: not to be drawn."""
+        logits = (logits - logits.max(-1, keepdims=True)) / self.temperature
         if self.top_k is not None:
             least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
             logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -125,8 +125,8 @@ def stream(
       key: of the random numbers; needed for a temperature above 0. The same key gives the same tokens.
       stop_tokens: tokens that end their row, as the last of it.
       prefill_chunk: tokens of a prompt that go through the model at a time; the last chunk is padded to as many.
-      max_length: tokens that a row's cache can hold; None: the longest prompt and max_new_tokens. Say it to use one
-        compilation for prompts of all lengths.
+      max_length: tokens that a row's cache can hold; None: as many as needed, the longest prompt and what is generated
+        but the last token. Say it to use one compilation for prompts of all lengths.
 
     Returns:
       An iterator over int32 `[batch]`, at most max_new_tokens of them: the next token of every row, -1 for a row that
@@ -134,14 +134,13 @@ def stream(
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value, or prompts and max_new_tokens exceed max_length.
-      NotImplementedError: an attention of the model has no cache.
     """
     tokens, lengths = _check_prompts(prompts, lengths, model.config.vocab_size)
     check_positive("max_new_tokens", max_new_tokens)
     check_positive("prefill_chunk", prefill_chunk)
     if sampling.temperature > 0 and key is None:
         raise ValueError(f"key must be given to sample, got key=None and temperature={sampling.temperature}")
-    needed = int(lengths.max()) + max_new_tokens
+    needed = int(lengths.max()) + max_new_tokens - 1
     max_length = needed if max_length is None else max_length
     if max_length < needed:
         raise ValueError(
