@@ -8,10 +8,11 @@ from experiments.stop import Stopped
 COMMANDS = {
     "train": "train one model, or go on with a run that was stopped",
     "evaluate": "evaluate a trained model, at any length and on any task",
+    "generate": "let a trained model go on with a prompt",
     "study": "run one study of a preset",
     "reproduce": "run every study of a preset, then write its report",
     "report": "write the report from the studies' files",
-    "benchmark": "time and memory against dense attention",
+    "benchmark": "time and memory against dense attention, training or decoding",
     "verify": "is it right on this machine, and what is fastest? two minutes",
     "on_device": "verify, tune and time the kernels on a lent machine, within a time budget",
     "compare_torch": "time PyTorch's flash attention on the problems of on_device",

@@ -13,13 +13,24 @@ from experiments.config import RunConfig, Task
 from experiments.configs import load_preset
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
+from experiments.generate import stream_text
 from experiments.kernels.roofline import roofline
 from experiments.kernels.tpu_report import tpu_report
 from experiments.metrics import check_local, write_json
-from experiments.preset import EfficiencyConfig, Preset
+from experiments.preset import DecodingConfig, EfficiencyConfig, Preset
 from experiments.report import write_report
-from experiments.studies import block_size, comparison, efficiency, key_convolution, language_model, length, snr
+from experiments.studies import (
+    block_size,
+    comparison,
+    decoding,
+    efficiency,
+    key_convolution,
+    language_model,
+    length,
+    snr,
+)
 from experiments.train import about, load_run, train
+from sparse_attn.nn import Sampling
 
 StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency", "comparison"]
 
@@ -33,6 +44,8 @@ STUDIES: dict[StudyName, Callable[[Preset, Path], dict[str, Any]]] = {
     "language_model": language_model.run,
     "comparison": comparison.run,
 }
+
+DECODING = DecodingConfig()
 
 
 def train_command(
@@ -54,6 +67,7 @@ def evaluate_command(
     sequence_lengths: tuple[int, ...] = (),
     num_pairs: int | None = None,
     num_batches: int = 8,
+    by_generation: bool = False,
 ) -> None:
     """Evaluates a trained model and prints one line of JSON for each sequence length.
 
@@ -63,13 +77,42 @@ def evaluate_command(
       sequence_lengths: lengths of the sequences; none: that of training (tokens).
       num_pairs: recall, needle: pairs in a sequence; None: as in training (pairs).
       num_batches: length of the evaluation; long sequences come in smaller batches (validation batches).
+      by_generation: needle: whether to let the model write the answers too, from prompts that end with the questions.
     """
     config, model = load_run(run_dir)
     for sequence_length in sequence_lengths or (config.data.sequence_length,):
         data = at_length(config.data, sequence_length)
         data = dataclasses.replace(data, task=task or data.task, num_pairs=num_pairs or data.num_pairs)
-        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches)
+        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches, by_generation)
         print(json.dumps({"task": data.task, "sequence_length": sequence_length, **result}))
+
+
+def generate_command(
+    run_dir: Path,
+    prompt: str = "",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+) -> None:
+    """Prints what a trained model goes on with behind a prompt, as it comes.
+
+    Args:
+      run_dir: directory of the run.
+      prompt: text, the start of a document; for recall and needle token ids with spaces between them.
+      temperature: 0 takes the likeliest token, 1 draws from the model's probabilities (a divisor of the logits).
+      top_k: likeliest tokens to draw from; None: all (tokens).
+      top_p: least probability of the likeliest tokens to draw from (a fraction from 0 to 1).
+      max_new_tokens: most tokens to generate; the end of the document comes first if the model says so (tokens).
+      seed: of the random numbers (an integer).
+      stop: what ends the answer too: characters, or words that are one token each.
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    for piece in stream_text(run_dir, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop):
+        print(piece, end="", flush=True)
+    print()
 
 
 def study(name: tyro.conf.Positional[StudyName], preset: str = "tiny", out: Path | None = None) -> None:
@@ -109,17 +152,28 @@ def report(out: Path = Path("runs/tiny")) -> None:
     print(write_report(out).resolve())
 
 
-def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: Path | None = None) -> None:
+def benchmark(
+    config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")],
+    decode: bool = False,
+    decoding_config: Annotated[DecodingConfig, tyro.conf.arg(name="decoding")] = DECODING,
+    out: Path | None = None,
+) -> None:
     """Prints time and memory of MoBA, routing included, beside dense attention's, and the machine they were taken on.
 
     Args:
       config: what is timed.
+      decode: whether to time decoding with a cache instead: a step, the bytes that it reads, and prefill in chunks.
+      decoding_config: what is timed with --decode.
       out: JSON file to write the numbers to as well.
     """
     if out is not None:
         check_local(out, "out")
-    numbers = {"settings": dataclasses.asdict(config), "about": about(), **efficiency.measure(config)}
-    print(efficiency.table(numbers))
+    if decode:
+        numbers = {"settings": dataclasses.asdict(decoding_config), **decoding.measure(decoding_config)}
+    else:
+        numbers = {"settings": dataclasses.asdict(config), **efficiency.measure(config)}
+    numbers["about"] = about()
+    print(decoding.table(numbers) if decode else efficiency.table(numbers))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, numbers)
@@ -128,6 +182,7 @@ def benchmark(config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")], out: 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "evaluate": evaluate_command,
+    "generate": generate_command,
     "study": study,
     "reproduce": reproduce,
     "report": report,

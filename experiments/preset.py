@@ -90,6 +90,41 @@ class EfficiencyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+    """Which decoding is timed."""
+
+    max_length: int = 65536
+    """Tokens that the cache holds, all of which but those of the timed steps come by prefill (tokens)."""
+    batch_size: int = 1
+    """Rows (rows)."""
+    num_key_value_heads: int = 2
+    """Key and value heads (heads)."""
+    groups: tuple[int, ...] = (1, 4)
+    """Query heads of a key head, one measurement each (heads)."""
+    head_dim: int = 64
+    """Channels of a head (channels)."""
+    block_size: int = 128
+    """Keys in a block (tokens)."""
+    top_k: int = 8
+    """Blocks that a query attends (blocks)."""
+    prefill_chunk: int = 4096
+    """Tokens of a call of the prefill in chunks (tokens)."""
+    steps: int = 16
+    """Steps of one measurement (steps)."""
+    repeats: int = 7
+    """Measurements of steps; prefill is measured three times (measurements)."""
+    dtype: str = "float32"
+    """Type of queries, keys and values (a name)."""
+
+    def __post_init__(self) -> None:
+        if self.max_length <= self.steps * (self.repeats + 1):
+            raise ValueError(
+                f"max_length must be above steps * (repeats + 1) = {self.steps * (self.repeats + 1)}, got "
+                f"max_length={self.max_length}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
     """At which sizes the systems are compared."""
 

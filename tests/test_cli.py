@@ -75,12 +75,26 @@ def test_train_then_evaluate(tmp_path, capsys):
     assert result["config"]["model"]["layer_pattern"] == ["dense"]
     capsys.readouterr()
     options = ["--task", "needle", "--sequence_lengths", "32", "64", "--num_pairs", "2", "--num_batches", "1"]
-    assert main(["evaluate", "--run_dir", run_dir, *options]) == 0
+    assert main(["evaluate", "--run_dir", run_dir, *options, "--by_generation"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["task"], line["sequence_length"], line["num_targets"]) for line in lines] == [
         ("needle", 32, 2),
         ("needle", 64, 1),
     ]
+    for line in lines:
+        assert line["generated_accuracy"] == line["accuracy"]
+        assert line["generated_agreement"] == 1
+    assert main(["evaluate", "--run_dir", run_dir, "--by_generation"]) == 1
+    assert "by_generation must be off" in capsys.readouterr().err
+    options = ["generate", "--run_dir", run_dir, "--max_new_tokens", "5"]
+    assert main([*options, "--prompt", "1 70 2"]) == 0
+    written = capsys.readouterr().out.split()
+    assert len(written) == 5
+    assert main([*options, "--prompt", "1 70 2", "--stop", written[0]]) == 0
+    assert capsys.readouterr().out.split() == written[:1]
+    for name, bad in (("prompt", ["--prompt", "one"]), ("prompt", []), ("stop", ["--prompt", "1", "--stop", "2 3"])):
+        assert main([*options, *bad]) == 1
+        assert f"error: {name}" in capsys.readouterr().err
     assert main(["train", *MICRO_FLAGS, "--run_dir", run_dir, "--seed", "6"]) == 1
     assert "seed is 5 there, 6 here" in capsys.readouterr().err
 

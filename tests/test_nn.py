@@ -62,7 +62,7 @@ def attention_formula(weights, kind, inputs, segment_ids):
             sequences = {"query_segment_ids": segment_ids, "key_value_segment_ids": segment_ids}
         top_k = TOP_K if kind == "moba" else TOKENS
         indices = route(query, key, block_size=BLOCK, top_k=top_k, **sequences)
-        mask = oracle.attention_mask(indices, num_keys=TOKENS, block_size=BLOCK, **sequences)
+        mask = oracle.attention_mask(indices, num_keys=key.shape[1], block_size=BLOCK, **sequences)
         output = oracle.attention(query, key, value, mask)
     return np.einsum("bthd,hdf->btf", output, weights["out"]["kernel"]), query, key, value
 
@@ -99,6 +99,68 @@ def test_attention_equals_its_formula(kind, is_packed):
     expected, query, key, _ = attention_formula(weights_of(module), kind, inputs, segment_ids)
     cases.assert_close(output, expected, "float32")
     assert_trees_close(module.project(inputs, segment_ids)[:2], (query, key))
+
+
+# Tokens of each row in one call after another, among 8 or 1 that are given.
+SPLITS = ((8, (8, 3)), (8, (5, 8)), (1, (1, 0)), (8, (7, 8)), (1, (0, 1)), (1, (0, 1)))
+
+
+@every_kind
+def test_a_module_with_a_cache_equals_its_formula_over_whole_rows(kind):
+    module, (inputs, _) = make(kind), draw()
+    expected, *_ = attention_formula(weights_of(module), kind, inputs, None)
+    call = nnx.jit(lambda module, inputs, cache, num_new: module(inputs, cache=cache, num_new=num_new))
+    cache, output, length = module.init_cache(BATCH, TOKENS), np.zeros_like(inputs), np.zeros(BATCH, int)
+    for size, num_new in SPLITS:
+        piece = np.full((BATCH, size, FEATURES), np.nan, np.float32)
+        for row, count in enumerate(num_new):
+            piece[row, :count] = inputs[row, length[row] : length[row] + count]
+        out, cache = call(module, piece, cache, np.array(num_new))
+        for row, count in enumerate(num_new):
+            output[row, length[row] : length[row] + count] = out[row, :count]
+            np.testing.assert_array_equal(out[row, count:], 0)
+        length += num_new
+    np.testing.assert_array_equal(cache.length, TOKENS)
+    cases.assert_close(output, expected, "float32")
+
+
+def test_a_module_that_keeps_its_cache_continues_where_it_stopped():
+    inputs, _ = draw()
+    module = make("moba")
+    expected, *_ = attention_formula(weights_of(module), "moba", inputs, None)
+    cached = nn.Cached(module, BATCH, TOKENS)
+    call = nnx.jit(nn.Cached.__call__, donate_argnums=0)
+    output = np.concatenate([call(cached, inputs[:, start : start + 7]) for start in range(0, TOKENS, 7)], axis=1)
+    cases.assert_close(output, expected, "float32")
+    assert set(nnx.state(cached, nnx.Cache)) == {"cache"}
+
+
+def test_caches_have_the_dtype_of_the_computation():
+    for options, dtype in (({"dtype": jnp.bfloat16}, "bfloat16"), ({"param_dtype": jnp.float16}, "float16")):
+        module = make("dense", **options)
+        assert module.init_cache(BATCH, 4).key.dtype == jnp.dtype(dtype)
+    assert module.init_cache(BATCH, 4, dtype="float32", max_draft=2).max_draft == 2
+
+
+def test_what_a_cache_cannot_do_is_named_S10():
+    inputs, segment_ids = draw()
+    module = make("moba")
+    cache = module.init_cache(BATCH, TOKENS - 1)
+    for name, arguments in {
+        "segment_ids": {"cache": cache, "segment_ids": segment_ids},
+        "seq_lengths": {"cache": cache, "seq_lengths": np.ones(BATCH, int)},
+        "num_new": {"num_new": np.ones(BATCH, int)},
+        f"max_length={TOKENS - 1}": {"cache": cache},
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            module(inputs, **arguments)
+    with pytest.raises(ValueError, match="is_causal"):
+        make("moba", is_causal=False).init_cache(BATCH, TOKENS)
+    attention = XAttention(block_size=4, stride=2, threshold=0.6)
+    other = nn.SelfAttention(attention=attention, in_features=FEATURES, num_heads=HEADS, rngs=nnx.Rngs(0))
+    for call in (lambda: other.init_cache(BATCH, TOKENS), lambda: other(inputs, cache=cache)):
+        with pytest.raises(NotImplementedError, match="XAttention cannot attend with a cache; MoBA"):
+            call()
 
 
 @every_kind

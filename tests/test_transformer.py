@@ -107,6 +107,29 @@ def test_remat_and_scan_give_the_numbers_of_the_plain_loop(remat, scan_layers):
     test_nn.assert_trees_close(gradients, loop_gradients | {"layers": layers})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_pattern": ("sliding_window", "moba", "dense"), "num_layers": 3}, {"scan_layers": True}],
+    ids=["loop", "scan"],
+)
+def test_logits_with_a_cache_equal_the_formula_over_whole_rows(options):
+    config = dataclasses.replace(CONFIG, **options)
+    model = nn.Transformer(config, rngs=nnx.Rngs(0))
+    tokens, _ = draw()
+    expected, _ = transformer_formula(test_nn.weights_of(model.unstacked()), config, tokens, None)
+    call = nnx.jit(lambda model, tokens, cache, num_new: model(tokens, cache=cache, num_new=num_new))
+    cache, logits, length = model.init_cache(*tokens.shape), np.zeros_like(expected), np.zeros(len(tokens), int)
+    for size, num_new in test_nn.SPLITS:
+        piece = np.zeros((len(tokens), size), np.int32)
+        for row, count in enumerate(num_new):
+            piece[row, :count] = tokens[row, length[row] : length[row] + count]
+        out, cache = call(model, piece, cache, np.array(num_new))
+        for row, count in enumerate(num_new):
+            logits[row, length[row] : length[row] + count] = out[row, :count]
+        length += num_new
+    cases.assert_close(logits, expected, "float32")
+
+
 def test_every_parameter_of_the_transformer_has_a_gradient():
     _, gradients, _, _ = run_transformer()
     for path, leaf in jax.tree.leaves_with_path(gradients):
@@ -166,7 +189,23 @@ def test_parameters_are_sharded_as_their_axes_are_named():
             weights["layers"] = [jax.tree.map(lambda leaf: leaf[i], weights["layers"][0]) for i in range(2)]
             np.testing.assert_allclose(logits, transformer_formula(weights, config, *draw())[0], atol=1e-5)
             on_each_device = functools.partial(nn.Transformer, config, mesh_axes=(None, "model"), logical_axes=True)
-            np.testing.assert_allclose(logits, predict(nnx.jit(lambda: on_each_device(rngs=nnx.Rngs(0)))()), atol=1e-5)
+            model_on_each = nnx.jit(lambda: on_each_device(rngs=nnx.Rngs(0)))()
+            np.testing.assert_allclose(logits, predict(model_on_each), atol=1e-5)
+
+            @nnx.jit
+            def decode(model):
+                first, cache = model(tokens[:, :13], cache=model.init_cache(*tokens.shape))
+                second, cache = model(tokens[:, 13:], cache=cache)
+                return jax.numpy.concatenate([first, second], axis=1), cache
+
+            expected, _ = transformer_formula(weights, config, tokens, None)
+            for each in (model, model_on_each):
+                decoded, cache = decode(each)
+                np.testing.assert_allclose(decoded, expected, atol=1e-5)
+            assert cache[0].key.sharding.shard_shape(cache[0].key.shape)[1] == cache[0].key.shape[1] // 2
+            options = {"max_new_tokens": 5, "prefill_chunk": 9}
+            generated = [each.generate(tokens[:, :9], **options).tokens for each in (model, model_on_each)]
+            np.testing.assert_array_equal(*generated)
         layer = specs["layers"][0]
         assert layer["attention"]["query"]["kernel"] == P(None, None, "model", None), layer
         assert layer["attention"]["out"]["kernel"] == P(None, "model", None, None), layer
@@ -222,3 +261,8 @@ def test_bad_tokens_are_named_S10():
     for tokens in (np.zeros((2, 3)), np.zeros(3, np.int32)):
         with pytest.raises(ValueError, match="tokens"):
             model(tokens)
+    tokens, segment_ids = draw()
+    with pytest.raises(ValueError, match="segment_ids"):
+        model(tokens, segment_ids, cache=model.init_cache(*tokens.shape))
+    with pytest.raises(ValueError, match="num_new"):
+        model(tokens, num_new=np.ones(len(tokens), int))

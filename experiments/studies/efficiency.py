@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     Arithmetic counted as useful: 4 d for each (query, key) that the pass must look at (2 products of 2 d), times 3.5
     with the backward pass (7 products instead of 2); for MoBA all keys of the chosen blocks.
     """
-    return _in_fresh_process(_measure, config)
+    return in_fresh_process(_measure, config)
 
 
 def _measure(config: EfficiencyConfig) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _measure(config: EfficiencyConfig) -> dict[str, Any]:
     for length in tqdm(config.sequence_lengths, desc="efficiency", unit="length"):
         for is_training in (False, True):
             rows.append(_measure_row(config, length, is_training))
-    return {"rows": rows, "machine": _describe_machine()}
+    return {"rows": rows, "machine": describe_machine()}
 
 
 def table(numbers: dict[str, Any]) -> str:
@@ -105,7 +105,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     is_comparable = not is_training and config.dtype == "float32" and jax.default_backend() == "cpu"
     if config.torch and is_comparable and importlib.util.find_spec("torch"):
         calls["torch"] = _torch_call(inputs)
-    times = _time_in_turns(calls, config.repeats)
+    times = time_in_turns(calls, config.repeats)
     median = {name: float(np.median(seconds)) * 1e3 for name, seconds in times.items()}
     spread = {name: float(np.subtract(*np.percentile(seconds, [75, 25]))) * 1e3 for name, seconds in times.items()}
 
@@ -122,7 +122,7 @@ def _measure_row(config: EfficiencyConfig, length: int, is_training: bool) -> di
     for name in ("moba", "dense"):
         is_longest = length == max(config.sequence_lengths)  # a fresh process takes seconds to start
         row[f"{name}_peak_mib"] = (
-            _in_fresh_process(_measure_peak, config, length, is_training, name)
+            in_fresh_process(_measure_peak, config, length, is_training, name)
             if is_longest and name in attention
             else None
         )
@@ -157,7 +157,7 @@ def _over_heads(
     return jax.shard_map(function, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
 
 
-def _in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(function, *arguments).result()
 
@@ -209,7 +209,7 @@ def _torch_call(inputs: list[jax.Array]) -> Callable[[], Any]:
     return functools.partial(torch.nn.functional.scaled_dot_product_attention, *tensors, is_causal=True)
 
 
-def _time_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def time_in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call, measured a b c a b c ..., so that a slow moment of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -223,12 +223,12 @@ def _time_in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[st
     return seconds
 
 
-def _describe_machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The processor, and what it reaches in one large float32 product: the ceiling of everything above."""
     size = 2048
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-    seconds = _time_in_turns({"product": functools.partial(_call, product, [matrix, matrix])}, 7)["product"]
+    seconds = time_in_turns({"product": functools.partial(_call, product, [matrix, matrix])}, 7)["product"]
     cpu = Path("/proc/cpuinfo")
     names = (
         [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]

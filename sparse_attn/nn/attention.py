@@ -1,6 +1,6 @@
 """Self-attention as a module: projections around any attention that is a value, and the three the Transformer has."""
 
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from sparse_attn.attend.backends import Implementation
 from sparse_attn.checks import check_integers
+from sparse_attn.decode.cache import Cache, count_new
 from sparse_attn.dense import Dense
 from sparse_attn.keys import rotate
 from sparse_attn.nn import key_conv
@@ -19,6 +20,7 @@ from sparse_attn.systems.moba import MoBA
 from sparse_attn.window import SlidingWindow
 
 default_kernel_init = nnx.initializers.lecun_normal()
+_Cache = TypeVar("_Cache", bound=Cache)
 
 
 class Attention(Protocol):
@@ -136,31 +138,101 @@ class SelfAttention(nnx.Module):
         Returns:
           query `[batch, sequence, num_heads, head_dim]`; key and value `[batch, sequence, kv_heads, head_dim]`.
         """
-        query, key, value = self.query(inputs), self.key(inputs), self.value(inputs)
-        if self.rope_theta is not None:
-            query, key = (rotate(array, self.rope_theta) for array in (query, key))
+        query, key, value = self._project(inputs, None)
         return query, key if self.key_conv is None else self.key_conv(key, segment_ids), value
 
+    def _project(self, inputs: jax.Array, positions: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, rotated to positions int `[batch, sequence]` but without the convolution."""
+        query, key, value = self.query(inputs), self.key(inputs), self.value(inputs)
+        if self.rope_theta is not None:
+            query, key = (rotate(array, self.rope_theta, positions) for array in (query, key))
+        return query, key, value
+
+    def init_cache(
+        self, batch_size: int, max_length: int, *, max_draft: int = 0, dtype: jax.typing.DTypeLike | None = None
+    ) -> Cache:
+        """A cache without tokens, of the kind that the attention has.
+
+        Args:
+          batch_size: rows.
+          max_length: tokens that a row can hold; memory is taken for all of them, or for a window.
+          max_draft: tokens that `sparse_attn.decode.rollback` can take back.
+          dtype: of keys, values and queries; None: the module's dtype, or else that of its parameters.
+
+        Raises:
+          NotImplementedError: the attention has no cache.
+          ValueError: an argument has a wrong value, or the attention is not causal.
+        """
+        self._check_decodes()
+        kv_heads, head_dim = self.key.out_features
+        width = 0 if self.key_conv is None else self.key_conv.kernel.shape[0]
+        dtype = dtype or self.key.dtype or self.key.param_dtype
+        options = {"key_conv_width": width, "max_draft": max_draft, "dtype": dtype}
+        attention: Any = self.attention
+        return attention.init_cache(batch_size, max_length, kv_heads, head_dim, **options)
+
+    def _check_decodes(self) -> None:
+        if not hasattr(self.attention, "attend_cached"):
+            raise NotImplementedError(
+                f"{type(self.attention).__name__} cannot attend with a cache; MoBA, SlidingWindow and Dense can"
+            )
+
+    @overload
     def __call__(
-        self, inputs: jax.Array, *, segment_ids: ArrayLike | None = None, seq_lengths: ArrayLike | None = None
-    ) -> jax.Array:
-        """Attends within each row.
+        self,
+        inputs: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+        cache: None = None,
+        num_new: None = None,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        segment_ids: None = None,
+        seq_lengths: None = None,
+        cache: _Cache,
+        num_new: ArrayLike | None = None,
+    ) -> tuple[jax.Array, _Cache]: ...
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        segment_ids: ArrayLike | None = None,
+        seq_lengths: ArrayLike | None = None,
+        cache: _Cache | None = None,
+        num_new: ArrayLike | None = None,
+    ) -> jax.Array | tuple[jax.Array, _Cache]:
+        """Attends within each row. With a cache, inputs are the next tokens of rows that the cache holds the begin of.
 
         Args:
           inputs: `[batch, sequence, in_features]`.
           segment_ids: int `[batch, sequence]`, for packed sequences: tokens of equal id form one segment.
           seq_lengths: int `[batch]`, real tokens of each row; later ones are padding, and zeros come out there.
+          cache: from `init_cache` or an earlier call; donate it to `jax.jit`, and nothing of its size is copied.
+          num_new: int `[batch]`, with a cache: how many of the tokens are real, as seq_lengths. None: all.
 
         Returns:
-          Array of inputs' shape.
+          Array of inputs' shape; with a cache, that and the cache with the new tokens.
 
         Raises:
-          ValueError: inputs, segment_ids or seq_lengths has a wrong shape or dtype.
+          ValueError: inputs, segment_ids, seq_lengths or num_new has a wrong shape or dtype, or does not go with (or
+            without) a cache; outside jit, a row would grow beyond the cache's max_length (inside, what finds no room
+            is NaN).
+          NotImplementedError: a cache is given, and the attention has none.
         """
         if inputs.ndim != 3 or inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs must be [batch, sequence, {self.in_features}], got inputs.shape={inputs.shape}")
         ids = check_integers("segment_ids", segment_ids, inputs.shape[:2])
         lengths = check_integers("seq_lengths", seq_lengths, inputs.shape[:1])
+        check_cache_arguments(cache, num_new, segment_ids=segment_ids, seq_lengths=seq_lengths)
+        if cache is not None:
+            lengths = count_new(num_new, inputs)
 
         def empty_padding(tokens: jax.Array) -> jax.Array:
             if lengths is None:
@@ -168,12 +240,54 @@ class SelfAttention(nnx.Module):
             is_real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]  # [batch, sequence]
             return jnp.where(is_real[:, :, None], tokens, 0)
 
+        if cache is not None:
+            self._check_decodes()
+            position = cache.length[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
+            arrays = self._project(empty_padding(inputs), position)
+            kernel = None if self.key_conv is None else self.key_conv.kernel[...]
+            output, cache = self._attend_cached(*arrays, cache, kernel, lengths)
+            return empty_padding(self.out(output)), cache
         arrays = self.project(empty_padding(inputs), ids)
         if self.mesh_axes is None:
             output = self.attention(*arrays, segment_ids=segment_ids, seq_lengths=seq_lengths)
         else:
             output = self._attend_over_mesh(*arrays, ids, lengths)
         return empty_padding(self.out(output))
+
+    def _attend_cached(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        cache: _Cache,
+        kernel: jax.Array | None,
+        num_new: jax.Array | None,
+    ) -> tuple[jax.Array, _Cache]:
+        """`attend_cached` of the attention, by every device for its rows and heads if there are mesh_axes."""
+        attention: Any = self.attention
+
+        def attend(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            cache: _Cache,
+            kernel: jax.Array | None,
+            num_new: jax.Array | None,
+        ) -> tuple[jax.Array, _Cache]:
+            return attention.attend_cached(query, key, value, cache, key_conv_kernel=kernel, num_new=num_new)
+
+        if self.mesh_axes is None:
+            return attend(query, key, value, cache, kernel, num_new)
+        axes = dict(zip("bk", self.mesh_axes, strict=True))
+
+        def spec(word: str) -> PartitionSpec:
+            return PartitionSpec(*(axes.get(letter) for letter in word))
+
+        each, cache_specs = spec("b.k"), jax.tree.map(spec, cache.axes())
+        query, key, value = (put_on_mesh(array, spec("b.k.")) for array in (query, key, value))
+        specs = (each, each, each, cache_specs, spec(".k"), spec("b"))
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=(each, cache_specs), check_vma=False)
+        return attend(query, key, value, cache, kernel, num_new)
 
     def _attend_over_mesh(self, *operands: jax.Array | None) -> jax.Array:
         """Attention of query, key, value, segment_ids and seq_lengths, by every device for its rows and heads."""
@@ -191,6 +305,15 @@ class SelfAttention(nnx.Module):
         # The outputs of Pallas kernels do not say over which axes they vary.
         attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
         return attend(*arrays, *operands[3:])
+
+
+def check_cache_arguments(cache: Any, num_new: ArrayLike | None, **sequences: ArrayLike | None) -> None:
+    """Raises a ValueError for arguments of a module that do not go with (or without) a cache."""
+    if cache is None and num_new is not None:
+        raise ValueError("num_new must be None without a cache")
+    for name, array in sequences.items():
+        if cache is not None and array is not None:
+            raise ValueError(f"{name} must be None with a cache, in which every row is one sequence")
 
 
 class Projections(TypedDict, total=False):

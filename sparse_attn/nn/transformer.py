@@ -1,17 +1,28 @@
 """The hybrid decoder-only Transformer of FlashMoBA."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Initializer
+from jax.typing import ArrayLike
 
 from sparse_attn.attend.backends import Implementation
+from sparse_attn.decode.cache import Cache
 from sparse_attn.nn import key_conv
-from sparse_attn.nn.attention import DenseAttention, MoBAAttention, SelfAttention, SlidingWindowAttention
+from sparse_attn.nn.attention import (
+    DenseAttention,
+    MoBAAttention,
+    SelfAttention,
+    SlidingWindowAttention,
+    check_cache_arguments,
+)
 from sparse_attn.nn.config import LayerKind, TransformerConfig
+from sparse_attn.nn.generate import Generated, Options, Prompts, collect, stream
 from sparse_attn.sharding import explicit_sharding
 
 # Names the axes of a parameter, or leaves its initialiser as it is.
@@ -58,6 +69,12 @@ class TransformerLayer(nnx.Module):
     def __call__(self, hidden: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         hidden = hidden + self.attention(self.attention_norm(hidden), segment_ids=segment_ids)
         return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def extend(self, hidden: jax.Array, cache: Cache, num_new: ArrayLike | None) -> tuple[jax.Array, Cache]:
+        """The same of the next tokens of rows that the cache holds the begin of."""
+        output, cache = self.attention(self.attention_norm(hidden), cache=cache, num_new=num_new)
+        hidden = hidden + output
+        return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
 
 class Transformer(nnx.Module):
@@ -126,19 +143,55 @@ class Transformer(nnx.Module):
             )
         )
 
-    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """Predicts the next token everywhere.
+    def init_cache(self, batch_size: int, max_length: int, *, max_draft: int = 0) -> tuple[Cache, ...]:
+        """Caches without tokens, one for each layer, stacked layers too; see `SelfAttention.init_cache`."""
+        return tuple(
+            layer.attention.init_cache(batch_size, max_length, max_draft=max_draft, dtype=self.config.dtype)
+            for layer in self._unstacked_layers()
+        )
+
+    @overload
+    def __call__(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, *, cache: None = None, num_new: None = None
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: None = None,
+        *,
+        cache: tuple[Cache, ...],
+        num_new: ArrayLike | None = None,
+    ) -> tuple[jax.Array, tuple[Cache, ...]]: ...
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        cache: tuple[Cache, ...] | None = None,
+        num_new: ArrayLike | None = None,
+    ) -> jax.Array | tuple[jax.Array, tuple[Cache, ...]]:
+        """Predicts the next token everywhere. With a cache, tokens are the next of rows that it holds the begin of.
 
         Args:
           tokens: int `[batch, sequence]`, below vocab_size.
           segment_ids: int `[batch, sequence]`, for packed sequences: tokens of equal id form one segment.
+          cache: from `init_cache` or an earlier call; donate it to `jax.jit`, and nothing of its size is copied.
+          num_new: int `[batch]`, with a cache: how many of the tokens are real; the first ones are. None: all.
 
         Returns:
-          Logits float32 `[batch, sequence, vocab_size]`.
+          Logits float32 `[batch, sequence, vocab_size]`; with a cache, those and the cache with the new tokens.
 
         Raises:
-          ValueError: an argument has a wrong shape or dtype.
+          ValueError: an argument has a wrong shape or dtype; outside jit, a row would grow beyond the cache's
+            max_length (inside, what finds no room is NaN).
         """
+        check_cache_arguments(cache, num_new, segment_ids=segment_ids)
+        if cache is not None:
+            hidden, cache = self.extend(tokens, cache, num_new)
+            return self.logits(hidden), cache
         hidden = self._embed(tokens)
 
         def apply_layer(layer: TransformerLayer, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -160,11 +213,44 @@ class Transformer(nnx.Module):
                 out_axes=nnx.Carry,
                 transform_metadata={nnx.PARTITION_NAME: None},
             )
-        hidden = self.norm(apply_layers(self.layers, hidden, segment_ids))
+        return self.logits(apply_layers(self.layers, hidden, segment_ids))
+
+    def extend(
+        self, tokens: jax.Array, cache: tuple[Cache, ...], num_new: ArrayLike | None = None
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """What the call with a cache does before `logits`: hidden `[batch, sequence, hidden_size]`, and the cache.
+
+        Stacked layers are not scanned here: a scan would copy each layer's cache out of the stack and back again, which
+        costs more than sparse attention reads.
+        """
+        hidden, extended = self._embed(tokens), []
+        for layer, before in zip(self._unstacked_layers(), cache, strict=True):
+            hidden, after = layer.extend(hidden, before, num_new)
+            extended.append(after)
+        return hidden, tuple(extended)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits float32 `[batch, sequence, vocab_size]` of what the last layer gives."""
+        hidden = self.norm(hidden)
         if self.head is not None:
             return self.head(hidden)
         embedding = self.embedding.embedding[...].astype(hidden.dtype)
         return jnp.einsum("btf,vf->btv", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> Generated:
+        """Continues prompts by up to max_new_tokens tokens each: `sparse_attn.nn.generate.stream`, collected."""
+        return collect(self, prompts, **options)
+
+    def stream(self, prompts: Prompts, **options: Unpack[Options]) -> Iterator[np.ndarray]:
+        """Continues prompts and yields the tokens as they come: `sparse_attn.nn.generate.stream`."""
+        return stream(self, prompts, **options)
+
+    def unstacked(self) -> "Transformer":
+        """The same model with scan_layers=False: the layers' parameters taken out of the stacks, the others shared."""
+        model = nnx.merge(*nnx.split(self))
+        model.layers = nnx.List(list(self._unstacked_layers()))
+        model.config = dataclasses.replace(self.config, scan_layers=False)
+        return model
 
     def attention_inputs(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None
