@@ -109,7 +109,7 @@ class DecodingConfig:
     """Blocks that a query attends (blocks)."""
     prefill_chunk: int = 4096
     """Tokens of a call of the prefill in chunks (tokens)."""
-    steps: int = 16
+    steps: int = 64
     """Steps of one measurement (steps)."""
     repeats: int = 7
     """Measurements of steps; prefill is measured three times (measurements)."""

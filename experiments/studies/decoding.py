@@ -86,8 +86,16 @@ def _measure_row(config: DecodingConfig, group: int) -> dict[str, Any]:
     prefills = {"chunks": functools.partial(prefill, config.prefill_chunk), "whole": functools.partial(prefill, first)}
     seconds = {name: np.median(times) for name, times in time_in_turns(prefills, _PREFILL_REPEATS).items()}
     cache = prefill(config.prefill_chunk)
-    program = extend.lower(cache, *_token(new, 0)).compile().as_text() or ""
-    calls = {"moba": _moba_steps(extend, cache, new, config.steps), "dense": _dense_steps(cache, new, config.steps)}
+    program = extend.lower(cache, *(array[:, :1] for array in new)).compile().as_text() or ""
+
+    def moba_step(cache: MoBACache, token: _Arrays) -> tuple[MoBACache, jax.Array]:
+        output, cache = attention.attend_cached(*token, cache=cache)
+        return cache, output
+
+    calls = {
+        "moba": _steps(moba_step, cache, new, config.steps),
+        "dense": _steps(_dense_step, _in_rows(cache), new, config.steps),
+    }
     large = jnp.ones(_STREAMED, jnp.float32)
     stream = jax.jit(jnp.sum)
     calls["stream"] = lambda: jax.block_until_ready(stream(large))
@@ -146,48 +154,48 @@ def _draw(config: DecodingConfig, group: int, seed: int, length: int) -> _Arrays
     return query, key, value
 
 
-def _token(arrays: _Arrays, index: int) -> _Arrays:
-    query, key, value = (array[:, index : index + 1] for array in arrays)
-    return query, key, value
+def _steps(step: Callable[..., tuple[Any, jax.Array]], state: Any, new: _Arrays, steps: int) -> Callable[[], None]:
+    """A function that takes the next `steps` of the new tokens in; every call goes on where the last one stopped.
 
-
-def _moba_steps(extend: Callable[..., Any], cache: MoBACache, new: _Arrays, steps: int) -> Callable[[], None]:
-    """A function that takes the next `steps` of the new tokens in; every call goes on where the last one stopped."""
-    tokens = jax.block_until_ready([_token(new, index) for index in range(new[0].shape[1])])
-
-    def run() -> Iterator[None]:
-        grown = jax.tree.map(jnp.copy, cache)  # the steps donate it
-        for start in range(0, len(tokens), steps):
-            for token in tokens[start : start + steps]:
-                output, grown = extend(grown, *token)
-            output.block_until_ready()
-            yield
-
-    return functools.partial(next, run())
-
-
-def _dense_steps(cache: MoBACache, new: _Arrays, steps: int) -> Callable[[], None]:
-    """The same by `jax.nn.dot_product_attention` over keys and values `[batch, max_length, kv_heads, head_dim]`."""
-    batch, kv_heads, _, _, head_dim = cache.key.shape
+    The steps of a call are one program, as the layers of a model are, so that calling it takes none of their time.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(rows: tuple[jax.Array, jax.Array], length: jax.Array, query: jax.Array, *new: jax.Array) -> Any:
-        key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, length, 1) for pair in zip(rows, new, strict=True))
-        lengths = jnp.full(batch, length + 1, jnp.int32)
-        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths), (key, value)
+    def take(state: Any, tokens: _Arrays) -> tuple[Any, jax.Array]:
+        return jax.lax.scan(step, state, tokens)
 
-    def join(array: jax.Array) -> jax.Array:
-        return array.reshape(batch, kv_heads, -1, head_dim).swapaxes(1, 2)[:, : cache.max_length]
+    def cut(array: jax.Array) -> jax.Array:  # [batch, tokens, heads, head_dim] -> [calls, steps, batch, 1, ...]
+        tokens = jnp.moveaxis(array, 1, 0)[:, :, None]
+        return tokens.reshape(-1, steps, *tokens.shape[1:])
 
-    tokens = jax.block_until_ready([_token(new, index) for index in range(new[0].shape[1])])
+    calls = jax.block_until_ready(list(zip(*map(cut, new), strict=True)))
 
     def run() -> Iterator[None]:
-        rows = join(cache.key), join(cache.value)
-        length = int(cache.length[0])
-        for start in range(0, len(tokens), steps):
-            for index, token in enumerate(tokens[start : start + steps], start):
-                output, rows = step(rows, length + index, *token)
-            output.block_until_ready()
+        grown = jax.tree.map(jnp.copy, state)  # the program donates it
+        for tokens in calls:
+            grown, outputs = take(grown, tokens)
+            outputs.block_until_ready()
             yield
 
     return functools.partial(next, run())
+
+
+def _dense_step(
+    state: tuple[jax.Array, jax.Array, jax.Array], token: _Arrays
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`jax.nn.dot_product_attention` over key and value `[batch, max_length, kv_heads, head_dim]`, length int32 []."""
+    key, value, length = state
+    query, *new = token
+    key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, length, 1) for pair in zip((key, value), new, strict=True))
+    lengths = jnp.full(len(key), length + 1, jnp.int32)
+    return (key, value, length + 1), jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths)
+
+
+def _in_rows(cache: MoBACache) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The cache as `_dense_step` takes it; its rows are of one length."""
+
+    def join(array: jax.Array) -> jax.Array:
+        batch, kv_heads, _, _, head_dim = array.shape
+        return array.reshape(batch, kv_heads, -1, head_dim).swapaxes(1, 2)[:, : cache.max_length]
+
+    return join(cache.key), join(cache.value), cache.length[0]
