@@ -4,7 +4,6 @@ Every process of a run calls these functions, with the same arguments, on a dire
 and reads what its own devices hold; no array is gathered.
 """
 
-import json
 import logging
 import re
 import shutil
@@ -136,7 +135,9 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
     except Exception as error:  # Orbax and TensorStore raise many kinds; every one means that the files are not whole
         raise CheckpointError(f"{path} is damaged: {error}\n{_ADVICE}") from error
     # Without a sharding, arrays are not bound to a device, as those that `jax.jit` makes.
-    leaves = [arrays[name] if leaf.sharding else jnp.asarray(np.asarray(arrays[name])) for name, leaf in expected.items()]
+    leaves = [
+        arrays[name] if leaf.sharding else jnp.asarray(np.asarray(arrays[name])) for name, leaf in expected.items()
+    ]
     return steps[-1], jax.tree.unflatten(jax.tree.structure(template), leaves), about["seconds"]
 
 
@@ -167,7 +168,8 @@ def _not_finite(numbers: Mapping[str, ArrayLike]) -> str | None:
 
 def _summarize(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], dict[str, float]]:
     """Of each array, by its name: its checksum, and the sum of its numbers that are not finite (0 if all are)."""
-    summaries = jax.device_get({name: _summary(array) for name, array in arrays.items()})
+    # One at a time: CPU devices that wait for each other in many programs at once can run out of threads.
+    summaries = {name: jax.device_get(_summary(array)) for name, array in arrays.items()}
     checksums = {name: int(checksum) for name, (checksum, _) in summaries.items()}
     return checksums, {f"a number of {name}": float(strange) for name, (_, strange) in summaries.items()}
 
@@ -176,9 +178,9 @@ def _summarize(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], dict[st
 def _summary(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Checksum uint32 [] and sum of what is not finite float32 [], reduced where the array lies.
 
-    The checksum is sum_i bits_i * weight_i modulo 2^32, which is the same in any order, hence however the array is split.
-    bits_i are the bits of element i, weight_i is odd and a hash of i: a change of any one element changes the sum, any
-    other change does but for chance.
+    The checksum is sum_i bits_i * weight_i modulo 2^32, which is the same in any order, hence however the array is
+    split. bits_i are the bits of element i, weight_i is odd and a hash of i: a change of any one element changes the
+    sum, any other change does but for chance.
     """
     index = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):

@@ -1,7 +1,6 @@
 """Loss, accuracy, bits per byte, and accuracy by the depth of a needle."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from experiments.config import DataConfig
@@ -66,9 +64,7 @@ def evaluate(
     return result
 
 
-def token_losses(
-    model: Transformer, batch: Mapping[str, ArrayLike], loss_chunk: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Transformer, batch: Mapping[str, Any], loss_chunk: int = 0) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of every target, and whether it has the largest logit.
 
     Args:
@@ -104,9 +100,9 @@ def token_losses(
     return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
 
 
-@functools.partial(nnx.jit, static_argnums=(2, 3))
+@nnx.jit(static_argnums=(2, 3))
 def _score(
-    model: Transformer, batch: Mapping[str, ArrayLike], loss_chunk: int, mesh: Mesh | None
+    model: Transformer, batch: Mapping[str, Any], loss_chunk: int, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
     """`token_losses`, which every process has as a whole."""
     scores = token_losses(model, batch, loss_chunk)
