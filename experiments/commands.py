@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from experiments.config import RunConfig, Task
+from experiments.config import DistributedConfig, RunConfig, Task
 from experiments.configs import load_preset
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
 from experiments.kernels.roofline import roofline
 from experiments.kernels.tpu_report import tpu_report
+from experiments.mesh import join_processes
 from experiments.metrics import check_local, write_json
 from experiments.preset import EfficiencyConfig, Preset
 from experiments.report import write_report
@@ -22,6 +23,8 @@ from experiments.studies import block_size, comparison, efficiency, key_convolut
 from experiments.train import about, load_run, train
 
 StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency", "comparison"]
+
+ALONE = DistributedConfig()
 
 # The studies that train come before those that measure what was trained.
 STUDIES: dict[StudyName, Callable[[Preset, Path], dict[str, Any]]] = {
@@ -36,15 +39,20 @@ STUDIES: dict[StudyName, Callable[[Preset, Path], dict[str, Any]]] = {
 
 
 def train_command(
-    config: Annotated[RunConfig, tyro.conf.arg(name="")], run_dir: Path | None = None, resume: bool = True
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    run_dir: Path | None = None,
+    resume: bool = True,
+    distributed: DistributedConfig = ALONE,
 ) -> None:
     """Trains one model, or goes on with a run that was stopped.
 
     Args:
       config: the run.
-      run_dir: directory of the run; None: runs/NAME.
+      run_dir: directory of the run, the same for every process; None: runs/NAME.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
+      distributed: how several processes find each other.
     """
+    join_processes(distributed)
     train(config, run_dir or Path("runs") / config.name, resume)
 
 

@@ -157,6 +157,24 @@ class MeshConfig:
         _check_at_least(self, 1, "data", "model")
 
 
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run, usually one a host, find each other; nothing is given for a single process.
+
+    What is not given comes from the environment, as `jax.distributed.initialize` has it: from JAX_COORDINATOR_ADDRESS,
+    or from a cluster that JAX knows.
+    """
+
+    automatic: bool = False
+    """Whether to take everything from a cluster that JAX knows, such as Cloud TPU, Slurm or Open MPI."""
+    coordinator_address: str | None = None
+    """Host and port of process 0, such as 10.0.0.1:1234 (an address)."""
+    num_processes: int | None = None
+    """Processes of the run (processes)."""
+    process_id: int | None = None
+    """Number of this process, from 0 (an integer)."""
+
+
 # Four tiny layers as in the recall experiments; the vocabulary has room for the synthetic tasks and for bytes.
 TINY_MODEL = TransformerConfig(
     vocab_size=320,

@@ -9,12 +9,22 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.config import MeshConfig
+from experiments.config import DistributedConfig, MeshConfig
 from sparse_attn.nn import Transformer, TransformerConfig
 
 # Mesh axis of every logical axis of the parameters. Rows of a batch are split over "data" as well: a device gathers the
 # parameters of a layer when it needs them.
 RULES = {"embed": "data", "heads": "model", "head_dim": None, "mlp": "model", "vocab": "model"}
+
+
+def join_processes(config: DistributedConfig) -> None:
+    """Makes this process one of several, before it touches a device; does nothing if no field is given.
+
+    Raises:
+      ValueError: a field is neither given nor in the environment.
+    """
+    if config != DistributedConfig():
+        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
 
 
 def make_mesh(config: MeshConfig) -> Mesh | None:
