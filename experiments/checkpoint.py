@@ -1,17 +1,22 @@
-"""Orbax checkpoints that are whole and of this very run, or an error that says what is wrong with them."""
+"""Orbax checkpoints that are whole and of this very run, or an error that says what is wrong with them.
 
-import json
+Every process of a run calls these functions, with the same arguments, on a directory that all of them see. Each writes
+and reads what its own devices hold; no array is gathered.
+"""
+
 import logging
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from jax.typing import ArrayLike
 
 log = logging.getLogger(__name__)
@@ -32,7 +37,7 @@ def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: floa
     Args:
       directory: where a run's checkpoints are; the checkpoint becomes directory/step.
       step: optimizer steps done.
-      state: any pytree of arrays.
+      state: any pytree of arrays, split over devices as they like.
       fingerprint: of the run's configuration and data.
       seconds: training time so far.
       keep: how many checkpoints stay.
@@ -40,27 +45,29 @@ def save(directory: Path, step: int, state: Any, fingerprint: str, seconds: floa
     Raises:
       FloatingPointError: a number of the state is not finite; nothing was written or deleted.
     """
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
-    require_finite(directory, step, arrays)
-    about = {"fingerprint": fingerprint, "step": step, "seconds": seconds, "checksums": _checksums(arrays)}
+    arrays = {name: jnp.asarray(leaf) for name, leaf in named_leaves(state).items()}
+    checksums, strange = _summarize(arrays)
+    require_finite(directory, step, strange)
+    described = {name: [describe(array), checksums[name]] for name, array in arrays.items()}
+    about = {"fingerprint": fingerprint, "step": step, "seconds": seconds, "arrays": described}
     with _checkpointer() as checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
         checkpointer.save(directory.absolute() / str(step), items)
-    for old in _steps(directory)[:-keep]:
+    for old in _steps(directory)[:-keep] if jax.process_index() == 0 else ():
         doomed = directory / f"{old}.deleted"
         (directory / str(old)).rename(doomed)
         shutil.rmtree(doomed)
 
 
-def require_finite(directory: Path, step: int, arrays: Mapping[str, ArrayLike]) -> None:
+def require_finite(directory: Path, step: int, numbers: Mapping[str, ArrayLike]) -> None:
     """Raises FloatingPointError if a number is NaN or infinite; its message names the newest checkpoint.
 
     Args:
       directory: where a run's checkpoints are.
       step: optimizer steps done.
-      arrays: numbers or arrays by their names.
+      numbers: by their names.
     """
-    if strange := _not_finite(arrays):
+    if strange := _not_finite(numbers):
         steps = _steps(directory)
         newest = f"the last good checkpoint is {directory / str(steps[-1])}" if steps else "there is no checkpoint yet"
         raise FloatingPointError(f"{strange} at step {step}; {newest}")
@@ -74,7 +81,8 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
 
     Args:
       directory: where a run's checkpoints are.
-      template: pytree of arrays or `jax.ShapeDtypeStruct`s, of the structure that was saved.
+      template: pytree of `jax.ShapeDtypeStruct`s of the structure that was saved. Their shardings say which devices get
+        what, however it was split when it was saved; without, that is the first device.
       fingerprint: of the run's configuration and data.
 
     Returns:
@@ -84,16 +92,18 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
       CheckpointError: the newest checkpoint is damaged, not finite or of another run, or something else lies in the
         directory.
     """
-    for entry in sorted(directory.iterdir()) if directory.exists() else ():
+    entries = directory.iterdir() if directory.exists() and jax.process_index() == 0 else ()
+    for entry in sorted(entries):
         if _UNFINISHED.fullmatch(entry.name):
             log.warning("removing %s: a run was stopped before this checkpoint was whole", entry)
             shutil.rmtree(entry)
         elif not (entry.name.isdecimal() and entry.is_dir()):
             raise CheckpointError(f"{directory} must hold checkpoints alone, got {entry.name!r}; move it elsewhere")
+    multihost_utils.sync_global_devices("unfinished checkpoints are removed")
     if not (steps := _steps(directory)):
         return None
     path = directory.absolute() / str(steps[-1])
-    expected = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named_leaves(template).items()}
+    expected = named_leaves(template)
     try:
         with _checkpointer() as checkpointer:
             about = checkpointer.restore(path, ocp.args.Composite(about=ocp.args.JsonRestore())).about
@@ -102,22 +112,32 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
                     f"{path} was written by a run of another configuration or of other data (its fingerprint is "
                     f"{about['fingerprint'][:12]}, this run's is {fingerprint[:12]}); use another run_dir"
                 )
-            if about["step"] != steps[-1] or set(about["checksums"]) != set(expected):
+            described = about.get("arrays", {})
+            if about["step"] != steps[-1] or set(described) != set(expected):
                 raise CheckpointError(f"{path} is of another model or version, or was renamed; use another run_dir")
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(expected))
-            arrays = checkpointer.restore(path, items).state
-        for name, checksum in _checksums(arrays).items():
-            if about["checksums"][name] != checksum:
+            for name, leaf in expected.items():
+                if described[name][0] != describe(leaf):
+                    raise CheckpointError(f"{path} is of another model: {name} is {described[name][0]} there")
+            first = SingleDeviceSharding(jax.local_devices()[0])
+            places = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first)
+                for name, leaf in expected.items()
+            }
+            arrays = checkpointer.restore(path, ocp.args.Composite(state=ocp.args.StandardRestore(places))).state
+        checksums, strange = _summarize(arrays)
+        for name, checksum in checksums.items():
+            if described[name][1] != checksum:
                 raise OSError(f"the checksum of {name} is wrong")
-            if (arrays[name].shape, arrays[name].dtype) != (expected[name].shape, expected[name].dtype):
-                raise CheckpointError(f"{path} is of another model: {name} is {arrays[name].shape} there")
-        if strange := _not_finite(arrays):
-            raise CheckpointError(f"{path} cannot be gone on from: {strange}\n{_ADVICE}")
+        if found := _not_finite(strange):
+            raise CheckpointError(f"{path} cannot be gone on from: {found}\n{_ADVICE}")
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds; every one means that the files are not whole
         raise CheckpointError(f"{path} is damaged: {error}\n{_ADVICE}") from error
-    leaves = [jax.numpy.asarray(arrays[name]) for name in expected]
+    # Without a sharding, arrays are not bound to a device, as those that `jax.jit` makes.
+    leaves = [
+        arrays[name] if leaf.sharding else jnp.asarray(np.asarray(arrays[name])) for name, leaf in expected.items()
+    ]
     return steps[-1], jax.tree.unflatten(jax.tree.structure(template), leaves), about["seconds"]
 
 
@@ -136,18 +156,39 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _not_finite(arrays: Mapping[str, ArrayLike]) -> str | None:
-    """Which array is the first to hold a NaN or an infinity, in words."""
-    for name, array in arrays.items():
-        strange = np.asarray(array)[~np.isfinite(array)]
-        if strange.size:
-            return f"{name} is {strange[0]}" if np.ndim(array) == 0 else f"{name} holds {strange[0]}"
-    return None
+def describe(array: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Dtype and shape, such as "float32[3, 4]"."""
+    return f"{array.dtype}{list(array.shape)}"
 
 
-def _checksums(arrays: dict[str, Any]) -> dict[str, int]:
-    """CRC-32 of each array's bytes, dtype and shape: the storage format does not check them all itself."""
-    return {
-        name: zlib.crc32(np.ascontiguousarray(x).tobytes(), zlib.crc32(json.dumps([str(x.dtype), x.shape]).encode()))
-        for name, x in arrays.items()
-    }
+def _not_finite(numbers: Mapping[str, ArrayLike]) -> str | None:
+    """Which number is the first that is NaN or infinite, in words."""
+    return next((f"{name} is {number}" for name, number in numbers.items() if not np.isfinite(number)), None)
+
+
+def _summarize(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], dict[str, float]]:
+    """Of each array, by its name: its checksum, and the sum of its numbers that are not finite (0 if all are)."""
+    # One at a time: CPU devices that wait for each other in many programs at once can run out of threads.
+    summaries = {name: jax.device_get(_summary(array)) for name, array in arrays.items()}
+    checksums = {name: int(checksum) for name, (checksum, _) in summaries.items()}
+    return checksums, {f"a number of {name}": float(strange) for name, (_, strange) in summaries.items()}
+
+
+@jax.jit
+def _summary(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Checksum uint32 [] and sum of what is not finite float32 [], reduced where the array lies.
+
+    The checksum is sum_i bits_i * weight_i modulo 2^32, which is the same in any order, hence however the array is
+    split. bits_i are the bits of element i, weight_i is odd and a hash of i: a change of any one element changes the
+    sum, any other change does but for chance.
+    """
+    index = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    for factor in (0x7FEB352D, 0x846CA68B):
+        index = (index ^ (index >> 16)) * np.uint32(factor)
+    width = min(array.dtype.itemsize, 4)  # elements of 8 bytes become two of 4
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * width}").astype(jnp.uint32)
+    bits = bits.reshape(*array.shape, -1) * np.arange(1, bits.size // max(array.size, 1) * 2, 2, dtype=np.uint32)
+    strange = jnp.where(jnp.isfinite(array), 0, array).sum()
+    return (bits.sum(-1, dtype=jnp.uint32) * (index | 1)).sum(dtype=jnp.uint32), strange.astype(jnp.float32)

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from experiments.config import RunConfig, Task
+from experiments.config import DistributedConfig, RunConfig, Task
 from experiments.configs import load_preset
 from experiments.data import make_data
 from experiments.evaluate import at_length, evaluate
 from experiments.generate import stream_text
 from experiments.kernels.roofline import roofline
 from experiments.kernels.tpu_report import tpu_report
+from experiments.mesh import join_processes
 from experiments.metrics import check_local, write_json
 from experiments.preset import DecodingConfig, EfficiencyConfig, Preset
 from experiments.report import write_report
@@ -34,6 +35,8 @@ from sparse_attn.nn import Sampling
 
 StudyName = Literal["snr", "block_size", "key_convolution", "length", "language_model", "efficiency", "comparison"]
 
+ALONE = DistributedConfig()
+
 # The studies that train come before those that measure what was trained.
 STUDIES: dict[StudyName, Callable[[Preset, Path], dict[str, Any]]] = {
     "efficiency": efficiency.run,
@@ -49,15 +52,20 @@ DECODING = DecodingConfig()
 
 
 def train_command(
-    config: Annotated[RunConfig, tyro.conf.arg(name="")], run_dir: Path | None = None, resume: bool = True
+    config: Annotated[RunConfig, tyro.conf.arg(name="")],
+    run_dir: Path | None = None,
+    resume: bool = True,
+    distributed: DistributedConfig = ALONE,
 ) -> None:
     """Trains one model, or goes on with a run that was stopped.
 
     Args:
       config: the run.
-      run_dir: directory of the run; None: runs/NAME.
+      run_dir: directory of the run, the same for every process; None: runs/NAME.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
+      distributed: how several processes find each other.
     """
+    join_processes(distributed)
     train(config, run_dir or Path("runs") / config.name, resume)
 
 
@@ -83,7 +91,7 @@ def evaluate_command(
     for sequence_length in sequence_lengths or (config.data.sequence_length,):
         data = at_length(config.data, sequence_length)
         data = dataclasses.replace(data, task=task or data.task, num_pairs=num_pairs or data.num_pairs)
-        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches, by_generation)
+        result = evaluate(model, make_data(data, config.seed, run_dir), num_batches, by_generation=by_generation)
         print(json.dumps({"task": data.task, "sequence_length": sequence_length, **result}))
 
 

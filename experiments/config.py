@@ -129,11 +129,50 @@ class TrainConfig:
     """Newest checkpoints that stay on disk (checkpoints)."""
     tensorboard: bool = True
     """Whether to write the metrics for TensorBoard too."""
+    accumulate_steps: int = 1
+    """Parts of a batch whose gradients are taken one after the other, in less memory (microbatches)."""
+    loss_chunk: int = 0
+    """Length of the part of a sequence whose logits are there at a time; 0: the whole sequence (tokens)."""
 
     def __post_init__(self) -> None:
         names = ("steps", "log_every", "evaluate_batches", "checkpoint_every", "checkpoints_to_keep")
-        _check_at_least(self, 1, *names)
-        _check_at_least(self, 0, "evaluate_every")
+        _check_at_least(self, 1, *names, "accumulate_steps")
+        _check_at_least(self, 0, "evaluate_every", "loss_chunk")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices that train together. The mesh is no part of a run's identity: it may go on over another one.
+
+    Raises:
+      ValueError: a field has a value that is not allowed.
+    """
+
+    data: int = 1
+    """Parts that the rows of a batch are split into, and the hidden features of parameters and optimizer (devices)."""
+    model: int = 1
+    """Parts that heads, MLP features and vocabulary are split into (devices)."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "data", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run, usually one a host, find each other; nothing is given for a single process.
+
+    What is not given comes from the environment, as `jax.distributed.initialize` has it: from JAX_COORDINATOR_ADDRESS,
+    or from a cluster that JAX knows.
+    """
+
+    automatic: bool = False
+    """Whether to take everything from a cluster that JAX knows, such as Cloud TPU, Slurm or Open MPI."""
+    coordinator_address: str | None = None
+    """Host and port of process 0, such as 10.0.0.1:1234 (an address)."""
+    num_processes: int | None = None
+    """Processes of the run (processes)."""
+    process_id: int | None = None
+    """Number of this process, from 0 (an integer)."""
 
 
 # Four tiny layers as in the recall experiments; the vocabulary has room for the synthetic tasks and for bytes.
@@ -153,7 +192,11 @@ TINY_MODEL = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run. The same configuration gives the same losses, bit for bit, on one machine."""
+    """One training run. The same configuration gives the same losses, bit for bit, on the same devices.
+
+    Raises:
+      ValueError: fields do not fit each other.
+    """
 
     name: str = "run"
     """Name of the run, used in its directory and in reports."""
@@ -174,12 +217,19 @@ class RunConfig:
     """How parameters move."""
     train: TrainConfig = TrainConfig()
     """How long to train, and how often to look."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices that train together."""
 
     def __post_init__(self) -> None:
         if self.init_from is not None and self.continue_from is not None:
             raise ValueError(
                 f"init_from and continue_from exclude each other, got init_from={self.init_from!r} and "
                 f"continue_from={self.continue_from!r}"
+            )
+        if self.data.batch_size % (self.mesh.data * self.train.accumulate_steps):
+            raise ValueError(
+                f"mesh.data * train.accumulate_steps must divide data.batch_size={self.data.batch_size}, got "
+                f"mesh.data={self.mesh.data} and train.accumulate_steps={self.train.accumulate_steps}"
             )
 
 
@@ -194,7 +244,13 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
     Raises:
       ValueError: a field is not known, so the file is of another version.
     """
-    parts = {"model": TransformerConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+    parts = {
+        "model": TransformerConfig,
+        "data": DataConfig,
+        "optimizer": OptimizerConfig,
+        "train": TrainConfig,
+        "mesh": MeshConfig,
+    }
     try:
         return RunConfig(**{k: parts[k](**_tuples(v)) if k in parts else v for k, v in fields.items()})
     except TypeError as error:
@@ -202,7 +258,10 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
 
 
 def decisive(config: RunConfig) -> dict[str, Any]:
-    """All that decides the parameters, by its name on the command line: how often a run logs or saves does not."""
+    """All that decides the parameters, but for rounding, by its name on the command line.
+
+    How often a run logs or saves does not, nor over which mesh and in which parts a step is computed.
+    """
     fields = to_dict(config)
     parts = {f"{part}.{name}": value for part in ("model", "data", "optimizer") for name, value in fields[part].items()}
     names = ("seed", "init_from", "continue_from")

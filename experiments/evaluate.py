@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,16 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from experiments.config import DataConfig
 from experiments.data.source import Batch, Data
+from experiments.mesh import split_rows
 from sparse_attn.nn import Transformer
 
 DEPTH_BINS = 10
 
 
-def evaluate(model: Transformer, data: Data, num_batches: int, by_generation: bool = False) -> dict[str, Any]:
+def evaluate(
+    model: Transformer,
+    data: Data,
+    num_batches: int,
+    *,
+    by_generation: bool = False,
+    loss_chunk: int = 0,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
     """Evaluates a model on validation batches, at the sequence length of the data, whatever it was trained at.
 
     Args:
@@ -26,6 +37,8 @@ def evaluate(model: Transformer, data: Data, num_batches: int, by_generation: bo
       data: where the batches come from.
       num_batches: how many.
       by_generation: whether to let the model write the answers too; for needle alone.
+      loss_chunk: as in `token_losses`.
+      mesh: the mesh of `jax.set_mesh` that the model lies on, every process reading all rows; None: one device.
 
     Returns:
       loss: mean cross-entropy of the targets (nats).
@@ -47,8 +60,8 @@ def evaluate(model: Transformer, data: Data, num_batches: int, by_generation: bo
     written: list[np.ndarray] = []
     for step in tqdm(range(num_batches), desc="evaluate", leave=False, disable=None):
         batch = data.batch(step, "validation")
-        arrays = {name: jnp.asarray(array) for name, array in batch.items()}
-        scores = _score(model, arrays["tokens"], arrays["targets"], arrays.get("segment_ids"))
+        arrays = split_rows(batch, mesh, len(batch["tokens"]))
+        scores = _score(model, arrays, loss_chunk, mesh)
         asked = batch["targets"] >= 0
         for kept, score in zip((losses, hits), scores, strict=True):
             kept.append(np.asarray(score)[asked])
@@ -81,14 +94,49 @@ def _write_needles(model: Transformer, batch: Batch) -> np.ndarray:
     return found.tokens[:, 0] == batch["targets"][row, place]
 
 
-@nnx.jit
+def token_losses(model: Transformer, batch: Mapping[str, Any], loss_chunk: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of every target, and whether it has the largest logit.
+
+    Args:
+      model: the model.
+      batch: tokens and targets, int [batch, sequence], and segment_ids where there are documents.
+      loss_chunk: tokens of a sequence whose logits are there at a time, in the backward pass too; 0: all. Only numbers
+        [batch, loss_chunk, vocab_size] are ever held.
+
+    Returns:
+      float32 [batch, sequence] (nats), anything where the target is -1, and bool [batch, sequence].
+    """
+    tokens, targets, segment_ids = batch["tokens"], jnp.asarray(batch["targets"]), batch.get("segment_ids")
+
+    def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        return loss, logits.argmax(-1) == targets
+
+    rows, length = targets.shape
+    if not 0 < loss_chunk < length:
+        return score(model(tokens, segment_ids), targets)
+    num_chunks = -(-length // loss_chunk)
+
+    def split(array: jax.Array) -> jax.Array:
+        """[batch, sequence, ...] to [chunks, batch, loss_chunk, ...]."""
+        padding = ((0, 0), (0, num_chunks * loss_chunk - length), *((0, 0),) * (array.ndim - 2))
+        return jnp.pad(array, padding).reshape(rows, num_chunks, loss_chunk, *array.shape[2:]).swapaxes(0, 1)
+
+    def score_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return score(model.logits(chunk[0]), chunk[1])
+
+    chunks = (split(model.hidden(tokens, segment_ids)), split(targets))
+    scores = jax.lax.map(jax.checkpoint(score_chunk, prevent_cse=False), chunks)
+    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, -1)[:, :length], scores)
+
+
+@nnx.jit(static_argnums=(2, 3))
 def _score(
-    model: Transformer, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array | None
+    model: Transformer, batch: Mapping[str, Any], loss_chunk: int, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy (nats) and whether the target has the largest logit, both [batch, sequence]."""
-    logits = model(tokens, segment_ids)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-    return loss, logits.argmax(-1) == targets
+    """`token_losses`, which every process has as a whole."""
+    scores = token_losses(model, batch, loss_chunk)
+    return scores if mesh is None else jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, PartitionSpec()))
 
 
 def at_length(data: DataConfig, sequence_length: int) -> DataConfig:

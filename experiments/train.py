@@ -16,14 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import checkpoint
 from experiments.config import OptimizerConfig, RunConfig, decisive, fingerprint, from_dict, to_dict
 from experiments.data import make_data
 from experiments.data.source import Data
-from experiments.evaluate import evaluate
+from experiments.evaluate import evaluate, token_losses
+from experiments.mesh import largest, local_rows, make_mesh, optimizer_shardings, parameter_shardings, split_rows
 from experiments.metrics import Metrics, check_local, write_json
 from experiments.stop import Stopped, stop_on_signal
+from experiments.utilization import device_metrics, train_flops
 from sparse_attn.nn import Transformer, TransformerConfig
 
 log = logging.getLogger(__name__)
@@ -58,67 +62,97 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
       FloatingPointError: the loss is not finite where it is logged, evaluated or saved, or the state where it is saved.
       Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint written. It is a KeyboardInterrupt.
     """
+    mesh = make_mesh(config.mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return _train(config, run_dir, resume, mesh)
+
+
+def _train(config: RunConfig, run_dir: Path, resume: bool, mesh: Mesh | None) -> dict[str, Any]:
+    """`train` on a mesh that is set."""
     check_local(run_dir, "run_dir")
     _check_directory(config, run_dir, resume)
     result_path, checkpoints = run_dir / "result.json", run_dir / "checkpoints"
     if result_path.exists():
         log.info("%s is there already", result_path)
         return json.loads(result_path.read_text())
+    is_first = jax.process_index() == 0  # it writes, for all
+    if not is_first:  # by then the first has written what the data need
+        multihost_utils.sync_global_devices("data are there")
     data = make_data(config.data, config.seed, run_dir)
+    if is_first:
+        multihost_utils.sync_global_devices("data are there")
     if data.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size must be at least {data.vocab_size} for data.task={config.data.task!r}, got "
             f"model.vocab_size={config.model.vocab_size}"
         )
     identity = fingerprint(config, data.description)
-    graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps)
+    how = (mesh, config.train.accumulate_steps, config.train.loss_chunk)
+    graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps, *how)
     restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state, config.seed), identity)
     if restored:
         log.info("going on from step %d of %s", restored[0], checkpoints)
-    step, state, seconds_before = restored or _first_state(config, data, make_state)
+    step, state, seconds_before = restored or _first_state(config, data, make_state, mesh)
     machine = about()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **machine})
-
-    metrics = Metrics(run_dir, config.name, step, config.train.steps, config.train.tensorboard)
+    metrics = None
+    if is_first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "config.json", {"config": to_dict(config), "data": data.description, **machine})
+        metrics = Metrics(run_dir, config.name, step, config.train.steps, config.train.tensorboard)
+    batch_size = config.data.batch_size
+    rows = local_rows(mesh, batch_size)
+    flops = train_flops(config.model, config.data.sequence_length)
+    signal_before: jax.Array | int = 0
     start = logged_at = time.monotonic()
     logged_step = step
 
     def save() -> None:
         checkpoint.require_finite(checkpoints, step, {"loss": measured["loss"]})
-        metrics.flush()
+        if metrics:
+            metrics.flush()
         seconds = seconds_before + time.monotonic() - start
         checkpoint.save(checkpoints, step, state, identity, seconds, config.train.checkpoints_to_keep)
 
-    with contextlib.closing(metrics), stop_on_signal() as stopped:
+    def evaluate_state() -> dict[str, Any]:
+        model = nnx.merge(graph, state.params)
+        chunk = config.train.loss_chunk
+        return evaluate(model, data, config.train.evaluate_batches, loss_chunk=chunk, mesh=mesh)
+
+    with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), stop_on_signal() as stopped:
         while step < config.train.steps:
-            batch = data.batch(step, "train")  # made while the device is still at the step before
-            state, measured = train_step(state, batch)
+            batch = data.batch(step, "train", rows)  # made while the device is still at the step before
+            state, measured = train_step(state, split_rows(batch, mesh, batch_size))
             step += 1
-            metrics.advance()
+            if metrics:
+                metrics.advance()
             values: dict[str, float] = {}
             is_last = step == config.train.steps
             if step % config.train.log_every == 0 or is_last:
                 values = {name: float(value) for name, value in measured.items()}
                 checkpoint.require_finite(checkpoints, step, {"loss": values["loss"]})
                 now = time.monotonic()
-                tokens = (step - logged_step) * batch["tokens"].size
+                tokens = (step - logged_step) * batch_size * config.data.sequence_length
                 values["tokens_per_second"] = tokens / (now - logged_at)
+                values |= device_metrics(values["tokens_per_second"] * flops, config.mesh.data * config.mesh.model)
                 logged_step, logged_at = step, now
             if config.train.evaluate_every and step % config.train.evaluate_every == 0 and not is_last:
-                evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+                evaluation = evaluate_state()
                 checkpoint.require_finite(checkpoints, step, {"validation_loss": evaluation["loss"]})
                 values |= {f"validation_{k}": v for k, v in evaluation.items() if isinstance(v, float)}
                 logged_step, logged_at = step, time.monotonic()
-            if values:
+            if values and metrics:
                 metrics.write(step, values)
             stop = stopped()  # asked once: a signal that comes while saving is met after the next step
+            if (
+                mesh is not None and jax.process_count() > 1
+            ):  # all stop after the same step: the one after the signal, so that none waits
+                stop, signal_before = int(signal_before) or None, largest(stop or 0, mesh)
             if step % config.train.checkpoint_every == 0 or is_last or stop is not None:
                 save()
             if stop is not None and not is_last:
                 raise Stopped(f"Stopped {config.name} after step {step}; a checkpoint is in {checkpoints}.", stop)
 
-    evaluation = evaluate(nnx.merge(graph, state.params), data, config.train.evaluate_batches)
+    evaluation = evaluate_state()
     checkpoint.require_finite(checkpoints, step, {"validation_loss": evaluation["loss"]})
     result = {
         "config": to_dict(config),
@@ -129,18 +163,19 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
         "data": data.description,
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     }
-    write_json(result_path, result)
+    if is_first:
+        write_json(result_path, result)
     log.info("%s: %s", config.name, json.dumps(evaluation))
     return result
 
 
 def load_run(run_dir: Path) -> tuple[RunConfig, Transformer]:
-    """The configuration of a run and its model with the parameters of its newest checkpoint.
+    """The configuration of a run and its model with the parameters of its newest checkpoint, on the first device.
 
     Raises:
       ValueError: run_dir holds no run with a checkpoint, or a damaged one.
     """
-    config, _, (_, state, _) = _read_run(run_dir, "run_dir")
+    config, _, (_, state, _) = _read_run(run_dir, "run_dir", None)
     graph, _, _ = _compile(config.model, config.optimizer, config.train.steps)
     return config, nnx.merge(graph, state.params)
 
@@ -164,32 +199,57 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
 
 @functools.cache  # the runs of a study that differ in their seed alone compile once
 def _compile(
-    model: TransformerConfig, optimizer_config: OptimizerConfig, steps: int
+    model: TransformerConfig,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    mesh: Mesh | None = None,
+    accumulate_steps: int = 1,
+    loss_chunk: int = 0,
 ) -> tuple[nnx.GraphDef, Callable[[int], TrainState], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
-    """The structure of the model, the state from a seed, and one step: `state, measured = train_step(state, batch)`."""
+    """The structure of the model, the state from a seed, and one step: `state, measured = train_step(state, batch)`.
+
+    With a mesh, which must be set where they are called, the state is split over it as `parameter_shardings` says.
+    """
     optimizer, schedule = make_optimizer(optimizer_config, steps)
 
     def make_model(seed: int | jax.Array) -> Transformer:
-        return Transformer(model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        mesh_axes = None if mesh is None else ("data", "model")
+        return Transformer(model, mesh_axes=mesh_axes, rngs=nnx.Rngs(params=jax.random.key(seed)))
 
-    @jax.jit
     def make_state(seed: int | jax.Array) -> TrainState:
         params = nnx.state(make_model(seed), nnx.Param)
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(0)))
 
-    def mean_loss(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graph, params)(batch["tokens"], batch.get("segment_ids"))  # [batch, sequence, vocab_size]
-        targets = batch["targets"]
-        asked = targets >= 0
-        count = jnp.maximum(asked.sum(), 1)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-        accuracy = ((logits.argmax(-1) == targets) & asked).sum() / count
-        return jnp.where(asked, losses, 0).sum() / count, accuracy
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def mean_loss(params: nnx.State, batch: dict[str, jax.Array], count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Loss and accuracy, as sums over the targets of these rows divided by the count of the whole batch's."""
+        losses, hits = token_losses(nnx.merge(graph, params), batch, loss_chunk)
+        asked = batch["targets"] >= 0
+        return jnp.where(asked, losses, 0).sum() / count, (hits & asked).sum() / count
+
+    def accumulate(params: nnx.State, batch: dict[str, jax.Array], count: jax.Array) -> Any:
+        """`mean_loss` of the microbatches one after the other, summed in float32; each has rows of every device."""
+        parts = {
+            name: array.reshape(-1, accumulate_steps, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()
+        }
+
+        def add(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+            (loss, accuracy), gradient = jax.tree.map(jnp.add, total, mean_loss(params, part, count))
+            if mesh is not None:  # no device keeps the whole gradient
+                gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+            return ((loss, accuracy), gradient), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+        (measured, gradient), _ = jax.lax.scan(add, ((zero, zero), zeros), parts)
+        return measured, jax.tree.map(lambda each, param: each.astype(param.dtype), gradient, params)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, accuracy), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params, batch)
+        count = jnp.maximum((batch["targets"] >= 0).sum(), 1)
+        differentiate = mean_loss if accumulate_steps == 1 else accumulate
+        (loss, accuracy), gradient = differentiate(state.params, batch, count)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         measured = {
             "loss": loss,
@@ -199,10 +259,19 @@ def _compile(
         }
         return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), measured
 
-    return graph, make_state, jax.jit(train_step, donate_argnums=0)
+    if mesh is None:
+        return graph, jax.jit(make_state), jax.jit(train_step, donate_argnums=0)
+    shapes = jax.eval_shape(make_state, 0)
+    params = jax.tree.unflatten(jax.tree.structure(shapes.params), parameter_shardings(model, mesh))
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    shardings = TrainState(params, optimizer_shardings(optimizer, shapes.optimizer, params, mesh), whole)
+    make_state = jax.jit(make_state, out_shardings=shardings)
+    return graph, make_state, jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def _read_run(run_dir: Path, option: str) -> tuple[RunConfig, dict[str, Any], tuple[int, TrainState, float]]:
+def _read_run(
+    run_dir: Path, option: str, mesh: Mesh | None
+) -> tuple[RunConfig, dict[str, Any], tuple[int, TrainState, float]]:
     """Configuration and data of the run that an option names, and step, state and seconds of its newest checkpoint."""
     check_local(run_dir, option)
     path = run_dir / "config.json"
@@ -210,7 +279,7 @@ def _read_run(run_dir: Path, option: str) -> tuple[RunConfig, dict[str, Any], tu
         raise ValueError(f"{option} must be the directory of a run, got {option}={run_dir} without config.json")
     saved = json.loads(path.read_text())
     config = from_dict(saved["config"])
-    _, make_state, _ = _compile(config.model, config.optimizer, config.train.steps)
+    _, make_state, _ = _compile(config.model, config.optimizer, config.train.steps, mesh)
     identity = fingerprint(config, saved["data"])
     restored = checkpoint.restore(run_dir / "checkpoints", jax.eval_shape(make_state, config.seed), identity)
     if restored is None:
@@ -219,11 +288,11 @@ def _read_run(run_dir: Path, option: str) -> tuple[RunConfig, dict[str, Any], tu
 
 
 def _first_state(
-    config: RunConfig, data: Data, make_state: Callable[[int], TrainState]
+    config: RunConfig, data: Data, make_state: Callable[[int], TrainState], mesh: Mesh | None
 ) -> tuple[int, TrainState, float]:
     """Steps done, state and seconds of training where a run begins: its seed's, or those of the run that it names."""
     if config.continue_from is not None:
-        there, data_there, begin = _read_run(Path(config.continue_from), "continue_from")
+        there, data_there, begin = _read_run(Path(config.continue_from), "continue_from", mesh)
         different = _differences(there, config, "seed", "model", "data")
         if not different and data_there != json.loads(json.dumps(data.description)):
             different = f"its data are {data_there} there, {data.description} here"
@@ -239,7 +308,7 @@ def _first_state(
     state = make_state(config.seed)
     if config.init_from is None:
         return 0, state, 0.0
-    _, _, (step, source, _) = _read_run(Path(config.init_from), "init_from")
+    _, _, (step, source, _) = _read_run(Path(config.init_from), "init_from", mesh)
     new, old = _describe(state.params), _describe(source.params)
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
@@ -253,7 +322,7 @@ def _first_state(
 
 def _describe(params: nnx.State) -> dict[str, str]:
     """Dtype and shape of each parameter by its name."""
-    return {name: f"{x.dtype}{list(x.shape)}" for name, x in checkpoint.named_leaves(params).items()}
+    return {name: checkpoint.describe(leaf) for name, leaf in checkpoint.named_leaves(params).items()}
 
 
 def _check_directory(config: RunConfig, run_dir: Path, resume: bool) -> None:

@@ -220,7 +220,7 @@ def splits_over_mesh(
 
 
 def put_on_mesh(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The array split as spec says over the mesh of `jax.set_mesh`, where its axes are Explicit; else as it is.
+    """The array split as spec says over the mesh of `jax.set_mesh`; as it is where the axes are manual.
 
     Raises:
       ValueError: the size of a mesh axis does not divide the axis that it is to split.
@@ -229,6 +229,8 @@ def put_on_mesh(array: jax.Array, spec: PartitionSpec) -> jax.Array:
     for axis, size in zip(spec, array.shape, strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(f"mesh axis {axis!r} of size {mesh.shape[axis]} must divide the {size} it is to split")
+    if AxisType.Auto in mesh.axis_types:
+        return jax.lax.with_sharding_constraint(array, spec)
     return array if explicit_sharding(array) is None else jax.sharding.reshard(array, spec)
 
 

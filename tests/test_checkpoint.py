@@ -51,7 +51,7 @@ def test_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, place, val
     strange = jax.tree.map_with_path(
         lambda path, x: x.at[-1].set(value) if place in jax.tree_util.keystr(path) and x.size > 1 else x, state
     )
-    with pytest.raises(FloatingPointError, match=rf"params\..*{place} holds {value} at step 7.*good.*/3$"):
+    with pytest.raises(FloatingPointError, match=rf"params\..*{place} is {value} at step 7.*good.*/3$"):
         checkpoint.save(tmp_path, 7, strange, "this run", 1.0, 1)
     with pytest.raises(FloatingPointError, match="no checkpoint yet"):
         checkpoint.save(tmp_path / "new", 7, strange, "this run", 1.0, 1)
@@ -61,7 +61,7 @@ def test_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch, place, val
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "require_finite", lambda *_: None)
         checkpoint.save(tmp_path, 7, strange, "this run", 1.0, 2)
-    with pytest.raises(CheckpointError, match=rf"7 .*{place} holds {value}\nDelete this directory"):
+    with pytest.raises(CheckpointError, match=rf"7 .*{place} is {value}\nDelete this directory"):
         restore(tmp_path)
     shutil.rmtree(tmp_path / "7")
     assert restore(tmp_path)[0] == 3

@@ -176,9 +176,9 @@ def test_every_package_of_the_extras_is_known():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_stops_with_a_checkpoint_and_its_own_exit_status(number, status, capsys, tmp_path, monkeypatch):
     class Interrupted(RecallData):
-        def batch(self, step, split):
+        def batch(self, step, split, *rows):
             signal.raise_signal(number)
-            return super().batch(step, split)
+            return super().batch(step, split, *rows)
 
     with monkeypatch.context() as patch:
         patch.setattr("experiments.data.RecallData", Interrupted)

@@ -159,11 +159,11 @@ def interrupt(monkeypatch, at_step, *numbers):
         data = make_data(*arguments)
         make_batch = data.batch
 
-        def batch(step, split):
+        def batch(step, split, *rows):
             if (step, split) == (at_step, "train"):
                 for number in numbers:
                     signal.raise_signal(number)
-            return make_batch(step, split)
+            return make_batch(step, split, *rows)
 
         data.batch = batch
         return data
@@ -286,7 +286,7 @@ def test_evaluation_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
     graph, make_state, _ = training._compile(DENSE, MICRO.optimizer, MICRO.train.steps)
     step = lambda state, _: (state._replace(step=state.step + 1), {"loss": jnp.float32(1)})  # noqa: E731
     monkeypatch.setattr(training, "_compile", lambda *_: (graph, make_state, step))
-    monkeypatch.setattr(training, "evaluate", lambda *_: {"loss": float("inf"), "accuracy": 0.0})
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"loss": float("inf"), "accuracy": 0.0})
     with pytest.raises(FloatingPointError, match="validation_loss is inf at step 40"):
         train(config, tmp_path)
     with pytest.raises(FloatingPointError, match="validation_loss is inf at step 10"):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data.source import Batch, Split, generator
+from experiments.data.source import ALL, Batch, Split, generator
 
 
 class NeedleData:
@@ -40,23 +40,23 @@ class NeedleData:
             "vocab_size": self.vocab_size,
         }
 
-    def batch(self, step: int, split: Split) -> Batch:
+    def batch(self, step: int, split: Split, rows: np.ndarray | slice = ALL) -> Batch:
         config, rng = self.config, generator(self.seed, split, step)
-        rows, pairs, queries = config.batch_size, config.num_pairs, config.num_queries
+        num_rows, pairs, queries = config.batch_size, config.num_pairs, config.num_queries
         first_value, first_filler = config.num_keys, config.num_keys + config.num_values
-        tokens = rng.integers(first_filler, self.vocab_size, (rows, config.sequence_length), dtype=np.int32)
+        tokens = rng.integers(first_filler, self.vocab_size, (num_rows, config.sequence_length), dtype=np.int32)
         targets = np.full_like(tokens, -1)
         depth = np.full(tokens.shape, -1, np.float32)
 
         def distinct(choices: int) -> np.ndarray:
             """`pairs` different numbers below choices in each row [rows, pairs]."""
-            return rng.permuted(np.tile(np.arange(choices, dtype=np.int32), (rows, 1)), axis=1)[:, :pairs]
+            return rng.permuted(np.tile(np.arange(choices, dtype=np.int32), (num_rows, 1)), axis=1)[:, :pairs]
 
         key, slot = distinct(config.num_keys), distinct(self.num_slots)
-        value = rng.integers(first_value, first_filler, (rows, pairs), dtype=np.int32)
+        value = rng.integers(first_value, first_filler, (num_rows, pairs), dtype=np.int32)
         np.put_along_axis(tokens, 2 * slot, key, 1)
         np.put_along_axis(tokens, 2 * slot + 1, value, 1)
         last = slice(config.sequence_length - 2 * queries, None, 2)
         tokens[:, last], targets[:, last] = key[:, :queries], value[:, :queries]
         depth[:, last] = slot[:, :queries] / max(self.num_slots - 1, 1)
-        return {"tokens": tokens, "targets": targets, "depth": depth}
+        return {"tokens": tokens[rows], "targets": targets[rows], "depth": depth[rows]}

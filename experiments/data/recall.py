@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data.source import Batch, Split, generator
+from experiments.data.source import ALL, Batch, Split, generator
 
 
 class RecallData:
@@ -37,19 +37,19 @@ class RecallData:
         self.vocab_size = config.num_keys + config.num_values + config.num_fillers
         self.description = {"task": "recall", "num_pairs": config.num_pairs, "vocab_size": self.vocab_size}
 
-    def batch(self, step: int, split: Split) -> Batch:
+    def batch(self, step: int, split: Split, rows: np.ndarray | slice = ALL) -> Batch:
         config, rng = self.config, generator(self.seed, split, step)
-        rows, pairs, slots = config.batch_size, config.num_pairs, self.num_slots
+        num_rows, pairs, slots = config.batch_size, config.num_pairs, self.num_slots
         first_value, first_filler = config.num_keys, config.num_keys + config.num_values
-        tokens = rng.integers(first_filler, self.vocab_size, (rows, config.sequence_length), dtype=np.int32)
+        tokens = rng.integers(first_filler, self.vocab_size, (num_rows, config.sequence_length), dtype=np.int32)
         targets = np.full_like(tokens, -1)
-        keys = rng.permuted(np.tile(np.arange(config.num_keys, dtype=np.int32), (rows, 1)), axis=1)[:, :pairs]
-        values = rng.integers(first_value, first_filler, (rows, pairs), dtype=np.int32)
-        count = rng.integers(2, pairs + 1, (rows, 1)) if split == "train" else np.full((rows, 1), pairs)
+        keys = rng.permuted(np.tile(np.arange(config.num_keys, dtype=np.int32), (num_rows, 1)), axis=1)[:, :pairs]
+        values = rng.integers(first_value, first_filler, (num_rows, pairs), dtype=np.int32)
+        count = rng.integers(2, pairs + 1, (num_rows, 1)) if split == "train" else np.full((num_rows, 1), pairs)
 
         def scatter() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             """Which slots hold a pair [rows, slots], and the key and value there."""
-            pair = rng.permuted(np.tile(np.arange(slots), (rows, 1)), axis=1)
+            pair = rng.permuted(np.tile(np.arange(slots), (num_rows, 1)), axis=1)
             index = np.minimum(pair, pairs - 1)
             return pair < count, np.take_along_axis(keys, index, 1), np.take_along_axis(values, index, 1)
 
@@ -59,4 +59,4 @@ class RecallData:
         is_question, key, value = scatter()
         tokens[:, 2 * slots : 4 * slots : 2][is_question] = key[is_question]
         targets[:, 2 * slots : 4 * slots : 2][is_question] = value[is_question]
-        return {"tokens": tokens, "targets": targets}
+        return {"tokens": tokens[rows], "targets": targets[rows]}

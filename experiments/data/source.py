@@ -6,6 +6,7 @@ import numpy as np
 
 Split = Literal["train", "validation"]
 Batch = dict[str, np.ndarray]
+ALL = slice(None)
 
 
 class Data(Protocol):
@@ -21,12 +22,13 @@ class Data(Protocol):
     bytes_per_token: float | None
     description: dict[str, Any]
 
-    def batch(self, step: int, split: Split) -> Batch:
-        """The batch of a step.
+    def batch(self, step: int, split: Split, rows: np.ndarray | slice = ALL) -> Batch:
+        """The batch of a step, or some rows of it.
 
         Args:
           step: from 0.
           split: "train", which depends on the seed, or "validation", which does not.
+          rows: which rows are wanted, as an index of them.
 
         Returns:
           tokens: int32 [batch, sequence].

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.config import DataConfig
-from experiments.data.source import Batch, Split
+from experiments.data.source import ALL, Batch, Split
 
 SEPARATOR = 256  # token before every document: its start, and the end of the one before; tokens below are bytes
 SIMILAR = 0.5  # least Jaccard index of near-duplicates
@@ -68,9 +68,10 @@ class PackedDocuments:
                     f"sequence_length={config.sequence_length}; more text needs a larger max_bytes"
                 )
 
-    def batch(self, step: int, split: Split) -> Batch:
-        length, rows = self._config.sequence_length, self._config.batch_size
-        starts = np.array([self._start(split, index) for index in range(step * rows, (step + 1) * rows)])
+    def batch(self, step: int, split: Split, rows: np.ndarray | slice = ALL) -> Batch:
+        length, num_rows = self._config.sequence_length, self._config.batch_size
+        indices = np.arange(step * num_rows, (step + 1) * num_rows)[rows]
+        starts = np.array([self._start(split, int(index)) for index in indices])
         windows = self._streams[split][starts[:, None] + np.arange(length + 1)].astype(np.int32)  # [rows, length + 1]
         tokens = windows[:, :-1]
         return {

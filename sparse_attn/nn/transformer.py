@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Initializer
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from sparse_attn.attend.backends import Implementation
@@ -23,7 +24,7 @@ from sparse_attn.nn.attention import (
 )
 from sparse_attn.nn.config import LayerKind, TransformerConfig
 from sparse_attn.nn.generate import Generated, Options, Prompts, collect, stream
-from sparse_attn.sharding import explicit_sharding
+from sparse_attn.sharding import explicit_sharding, put_on_mesh
 
 # Names the axes of a parameter, or leaves its initialiser as it is.
 NameAxes = Callable[..., Initializer]
@@ -58,11 +59,12 @@ class TransformerLayer(nnx.Module):
         kind: LayerKind,
         *,
         name_axes: NameAxes,
+        mesh_axes: tuple[str | None, str | None] | None,
         moba_options: dict[str, Any],
         rngs: nnx.Rngs,
     ):
         self.attention_norm = _make_norm(config, rngs)
-        self.attention = _make_attention(config, kind, name_axes, moba_options, rngs)
+        self.attention = _make_attention(config, kind, name_axes, mesh_axes, moba_options, rngs)
         self.mlp_norm = _make_norm(config, rngs)
         self.mlp = SwiGLU(config, name_axes=name_axes, rngs=rngs)
 
@@ -93,7 +95,7 @@ class Transformer(nnx.Module):
       logical_axes: whether parameters name their axes "vocab", "embed", "heads", "head_dim" and "mlp" (a stacking axis
         and norms have none). Flax then places each parameter as it is made: build the model inside `jax.set_mesh(mesh)`
         and `nnx.logical_axis_rules(rules)`, rules mapping every name to a mesh axis or None.
-      mesh_axes: mesh axes of batch rows and heads inside the moba layers, as in `MoBAAttention`.
+      mesh_axes: mesh axes of batch rows and heads, as in `SelfAttention`; the rows are split so between layers too.
       implementation: of the moba layers, as in `moba_attention`.
       rngs: stream "params". The same key gives the same parameters, stacked or not.
     """
@@ -111,16 +113,19 @@ class Transformer(nnx.Module):
             return nnx.with_partitioning(init, names) if logical_axes else init
 
         self.config = config
+        self.mesh_axes = mesh_axes
         dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         embedding_init = name_axes(nnx.initializers.normal(config.hidden_size**-0.5), "vocab", "embed")
         self.embedding = nnx.Embed(
             config.vocab_size, config.hidden_size, embedding_init=embedding_init, rngs=rngs, **dtypes
         )
         keys = jax.random.split(rngs.params(), config.num_layers)
-        moba_options = {"mesh_axes": mesh_axes, "implementation": implementation}
+        moba_options = {"implementation": implementation}
 
         def make_layer(key: jax.Array, kind: LayerKind) -> TransformerLayer:
-            return TransformerLayer(config, kind, name_axes=name_axes, moba_options=moba_options, rngs=nnx.Rngs(key))
+            return TransformerLayer(
+                config, kind, name_axes=name_axes, mesh_axes=mesh_axes, moba_options=moba_options, rngs=nnx.Rngs(key)
+            )
 
         if config.scan_layers:
             make_layers = nnx.vmap(make_layer, in_axes=(0, None), transform_metadata={nnx.PARTITION_NAME: None})
@@ -192,10 +197,14 @@ class Transformer(nnx.Module):
         if cache is not None:
             hidden, cache = self.extend(tokens, cache, num_new)
             return self.logits(hidden), cache
-        hidden = self._embed(tokens)
+        return self.logits(self.hidden(tokens, segment_ids))
+
+    def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """What the last layer gives `[batch, sequence, hidden_size]`: what `logits` takes. Arguments as of the call."""
+        hidden = self._split_rows(self._embed(tokens))
 
         def apply_layer(layer: TransformerLayer, hidden: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-            return layer(hidden, segment_ids)
+            return self._split_rows(layer(hidden, segment_ids))
 
         apply_layer = nnx.remat(apply_layer) if self.config.remat else apply_layer
 
@@ -213,7 +222,7 @@ class Transformer(nnx.Module):
                 out_axes=nnx.Carry,
                 transform_metadata={nnx.PARTITION_NAME: None},
             )
-        return self.logits(apply_layers(self.layers, hidden, segment_ids))
+        return apply_layers(self.layers, hidden, segment_ids)
 
     def extend(
         self, tokens: jax.Array, cache: tuple[Cache, ...], num_new: ArrayLike | None = None
@@ -278,6 +287,10 @@ class Transformer(nnx.Module):
         # On a mesh of Explicit axes a gather asks how its result is split: as the tokens are.
         return self.embedding(tokens, out_sharding=explicit_sharding(tokens))
 
+    def _split_rows(self, hidden: jax.Array) -> jax.Array:
+        """hidden `[batch, sequence, hidden_size]`, split over the mesh as its rows are and in no other way."""
+        return hidden if self.mesh_axes is None else put_on_mesh(hidden, PartitionSpec(self.mesh_axes[0]))
+
     def _unstacked_layers(self) -> Iterator[TransformerLayer]:
         """The layers, first to last, one by one."""
         if not self.config.scan_layers:
@@ -300,7 +313,12 @@ def _make_norm(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def _make_attention(
-    config: TransformerConfig, kind: LayerKind, name_axes: NameAxes, moba_options: dict[str, Any], rngs: nnx.Rngs
+    config: TransformerConfig,
+    kind: LayerKind,
+    name_axes: NameAxes,
+    mesh_axes: tuple[str | None, str | None] | None,
+    moba_options: dict[str, Any],
+    rngs: nnx.Rngs,
 ) -> SelfAttention:
     options: dict[str, Any] = {
         "in_features": config.hidden_size,
@@ -311,6 +329,7 @@ def _make_attention(
         "param_dtype": config.param_dtype,
         "kernel_init": name_axes(nnx.initializers.lecun_normal(), "embed", "heads", "head_dim"),
         "out_kernel_init": name_axes(_residual_init(config), "heads", "head_dim", "embed"),
+        "mesh_axes": mesh_axes,
         "rngs": rngs,
     }
     if kind == "sliding_window":
