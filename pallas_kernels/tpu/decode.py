@@ -31,7 +31,6 @@ the first fetch of a call and some scalar work for each operand of a step, hence
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -198,26 +197,49 @@ def _kernel(
         first = (step - first_ref[head]) * at_once
         return head, first, jnp.clip(length_ref[head] - first, 0, at_once)
 
-    def for_copies(step: jax.Array, act: Callable[[Any], None]) -> None:
-        head, first, number = span(step)
-        slot = lax.rem(step, 2)
+    def copies(step: jax.Array, place: Any) -> list[Any]:
+        head, first, _ = span(step)
+        block, slot = union_ref[head * entries + first + place], lax.rem(step, 2)
+        keys = pl.ds(place * block_size, block_size)
+        pairs = (key_hbm, key_ref), (value_hbm, value_ref)
+        return [
+            pltpu.make_async_copy(source.at[head, block], target.at[slot, keys], semaphores.at[slot])
+            for source, target in pairs
+        ]
 
-        def body(place: jax.Array, carry: None) -> None:
-            block = union_ref[head * entries + first + place]
-            keys = pl.ds(pl.multiple_of(place * block_size, block_size), block_size)
-            for source, target in ((key_hbm, key_ref), (value_hbm, value_ref)):
-                act(pltpu.make_async_copy(source.at[head, block], target.at[slot, keys], semaphores.at[slot]))
+    def fetch(step: jax.Array) -> None:
+        def start(place: Any, carry: None = None) -> None:
+            for copy in copies(step, place):
+                copy.start()
 
-        lax.fori_loop(0, number, body, None)
+        def start_all() -> None:  # without a loop it takes the scalar unit a third of the time
+            for place in range(at_once):
+                start(place)
+
+        number = span(step)[2]
+        lax.cond(number == at_once, start_all, lambda: lax.fori_loop(0, number, start, None))
+
+    def wait(step: jax.Array) -> None:
+        def wait_one(place: jax.Array, carry: None) -> None:
+            for copy in copies(step, place):
+                copy.wait()
+
+        def wait_all() -> None:  # one copy of as many bytes
+            slot = lax.rem(step, 2)
+            for target in (key_ref, value_ref):
+                pltpu.make_async_copy(target.at[slot], target.at[slot], semaphores.at[slot]).wait()
+
+        number = span(step)[2]
+        lax.cond(number == at_once, wait_all, lambda: lax.fori_loop(0, number, wait_one, None))
 
     @pl.when(step == 0)
     def _() -> None:
         value_ref[...] = jnp.zeros(value_ref.shape, value_ref.dtype)  # what is never fetched is multiplied by 0
-        for_copies(step, lambda copy: copy.start())
+        fetch(step)
 
     @pl.when(step + 1 < num_steps)
     def _() -> None:
-        for_copies(step + 1, lambda copy: copy.start())
+        fetch(step + 1)
 
     head, first, number = span(step)
 
@@ -230,7 +252,7 @@ def _kernel(
     @pl.when(number > 0)
     def _() -> None:
         is_seen = _visible(list_ref[0], union_ref, head * entries + first, number, at_once, block_size)
-        for_copies(step, lambda copy: copy.wait())
+        wait(step)
         slot = lax.rem(step, 2)
         key, value = key_ref[slot], value_ref[slot]
         logits = jnp.where(is_seen, product(query_ref[0], key, NT) * (scale * LOG2_E), OUT_OF_SIGHT)
@@ -252,18 +274,19 @@ def _visible(
     lists: jax.Array, union_ref: Any, first: jax.Array, number: jax.Array, at_once: int, block_size: int
 ) -> jax.Array:
     """Which keys of a step every row attends, bool `[rows, at_once * block_size]`; lists as in `_kernel`."""
-    stop = lists[:, -1:]
+    # A list's number in all lanes: comparing it with a block's id then takes no sum along lanes.
+    *columns, stop = (jnp.broadcast_to(lists[:, k : k + 1], (lists.shape[0], _LANES)) for k in range(lists.shape[1]))
+    width = math.lcm(block_size, _LANES)  # blocks that fill whole registers
+    together, copies = width // block_size, width // _LANES
     parts = []
-    together = math.lcm(block_size, _LANES) // block_size  # blocks that fill whole registers
     for begin in range(0, at_once, together):
-        places = range(begin, min(begin + together, at_once))
-        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], len(places) * block_size), 1)
+        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], width), 1)
         limit = jnp.zeros(column.shape, jnp.int32)  # a row sees the columns below it
-        for place in places:
+        for place in range(begin, min(begin + together, at_once)):
             block = jnp.where(place < number, union_ref[first + jnp.minimum(place, number - 1)], -2)
-            is_chosen = jnp.where(lists == block, 1.0, 0.0)[:, :-1].max(1, keepdims=True) > 0  # [rows, 1]
+            is_chosen = functools.reduce(jnp.logical_or, (blocks == block for blocks in columns))
             offset = (place - begin) * block_size
-            seen = jnp.where(is_chosen, offset + stop - block * block_size, 0)  # [rows, 1]
-            limit = jnp.where(column >= offset, seen, limit)
+            seen = jnp.where(is_chosen, offset + stop - block * block_size, 0)
+            limit = jnp.where(column >= offset, jnp.concatenate([seen] * copies, axis=1), limit)
         parts.append(column < limit)
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(parts, axis=1)[:, : at_once * block_size]
