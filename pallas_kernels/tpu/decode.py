@@ -1,37 +1,37 @@
 """Attention of a few new tokens to the chosen blocks of a cache, on a TPU: flash decoding over a list of blocks.
 
-    grid (batch, kv head, step)            one step: 1024 keys, here four blocks of a union of six
+    head 0, a union of six blocks     b1 b3 b6 b7 | b9 b12           two steps of up to four blocks, here
+    head 1, one of three              b0 b4 b5                       one step
 
-    HBM, the cache    [b0|b1|b2|b3|b4|b5|b6|b7| ... ]
-                           |     |     |  |            ids in SMEM (scalar prefetch) say which blocks are fetched
-    VMEM, buffers         [b1   b3    b6 b7]           next step: [b9 b12], and two operands that fetch nothing
-    logits        rows x  [##   ..    ## ..]           a row attends only the blocks of its own list
-    VMEM, scratch         output, maximum, sum         kept from step to step, divided and written at the last one
+    grid            step 0              step 1              step 2
+    HBM to VMEM     fetch b9 b12        fetch b0 b4 b5      .        into the other half of the buffers
+    MXU, VPU        b1 b3 b6 b7         b9 b12, output 0    b0 b4 b5, output 1
 
-Tiling. A program owns the rows of one key/value head: the new tokens times the heads of the group, at most 128, filled
-up to a multiple of 16. They share the union of their lists (`few_rows.lay_out`), so a block is fetched once, however
-many of them attend it. A step takes up to 1024 keys: the cache is passed once for every block of a step, each time with
-an index map of its own, and the pipeline of `pallas_call` fetches the blocks of the next step, also across programs,
-while this one computes. The grid has as many steps as the longest union needs (dynamic grid). Behind the end of a
-shorter union an operand stays at its last block, which is not fetched again, and nothing is computed.
+    logits of step 0, rows x keys       [ ##   ..   ..   ## ]        ## attended: a row sees the blocks of its own list
 
-Mask. Each row has its list and the number of keys that it sees, [rows, top_k + 1], in VMEM. For each block of a step
-one comparison with the list says who attends it, and hence up to which column of the logits each row sees keys.
+Tiling. The rows of a key/value head are the new tokens times the heads of the group, at most 128, filled up to a
+multiple of 16. They share the union of their lists (`few_rows.lay_out`), so a block is fetched once, however many of
+them attend it. A step takes up to 2048 keys of one head. The steps of all heads stand in one row, as many as the unions
+need (dynamic grid), and every step starts the copies of the next one, also across heads, before it computes. The
+running softmax (output, maximum, sum) stays in VMEM over the steps of a head; the last one divides and writes.
+
+Mask. Each row has its list and the number of keys that it sees, [rows, top_k + 1]. A block's id is compared with the
+numbers of the list, each spread over all lanes once a step; nothing is added up along lanes.
 
 Memory. HBM: the cache as it lies, neither copied, padded nor transposed. That holds for head_dim a multiple of 128; XLA
-lays out narrower arrays with another axis along the lanes and would copy them, so they are refused. SMEM: the unions, 4
-bytes an entry. VMEM at 1024 keys, head_dim 128, bfloat16, 128 rows: two buffers of keys and values
-1 MB, logits and weights 1.3 MB, output 64 KB.
+lays out narrower arrays with another axis along the lanes and would copy them, so they are refused. SMEM: the unions,
+4 bytes an entry. VMEM at 2048 keys, head_dim 128, bfloat16: two buffers of keys and values 2 MB; logits and weights
+0.3 MB for 16 rows, 2.5 MB for 128.
 
-Speed. Bound by memory: 2 head_dim itemsize bytes a key of the union against two rows of the MXU. 1024 keys of 128
-bfloat16 numbers are 512 KB, some 0.3 microseconds of a v6e's 1.6 TB/s. Elementwise work goes by rows of eight sublanes:
-two for 16 rows, so eight numbers in each register of a decode step with 8 heads a group are real. What is paid once is
-the first fetch of a call and some scalar work for each operand of a step, hence long steps and few operands.
+Speed. By libtpu's static profile for a v6e a full step of 16 blocks of 128 keys takes about 1700 cycles for up to 16
+rows, of which its 1 MB from memory takes 1110. The rest is latency, of two products, the maximum and exp2, one after
+the other; so a step is long, though a short union fills only a part of it. Starting a block's two copies takes the
+scalar unit some 13 cycles, its bounds checks not counted, which bounds blocks of 16 keys: long blocks are better. A
+chip with two cores in one device (v5p) uses one of them.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,9 +46,9 @@ from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
 
 _LANES = 128
 _ROW_MULTIPLE = 16  # rows of a register of bfloat16
-_KEYS_PER_STEP = 1024
+_KEYS_PER_STEP = 2048
 _STEP_BYTES = 24 << 20  # VMEM for two buffers of keys and values, and the logits of 128 rows
-_MOST_ENTRIES = 1 << 17  # of all unions, in SMEM
+_MOST_NUMBERS = 1 << 17  # of blocks, steps and heads, in SMEM
 
 
 def refuses(arrays: Arrays, top_k: int) -> str | None:
@@ -71,10 +71,15 @@ def refuses(arrays: Arrays, top_k: int) -> str | None:
     if step > _STEP_BYTES:
         sizes = f"{block_size=}, head_dim={key.shape[4]}, value_head_dim={value.shape[4]}"
         return f"the TPU decode kernel has {_STEP_BYTES} bytes for a step, but needs {step} for {sizes}"
-    entries = batch * kv_heads * num_entries(arrays, top_k)
-    if entries > _MOST_ENTRIES:
-        return f"the TPU decode kernel takes up to {_MOST_ENTRIES} chosen blocks, got {entries}"
+    entries = num_entries(arrays, top_k)
+    numbers = batch * kv_heads * (entries + -(-entries // _blocks_at_once(_KEYS_PER_STEP, block_size, entries)) + 2)
+    if numbers > _MOST_NUMBERS:
+        return f"the TPU decode kernel keeps {_MOST_NUMBERS} numbers of chosen blocks and steps, got {numbers}"
     return None
+
+
+def _blocks_at_once(keys_per_step: int, block_size: int, entries: int) -> int:
+    return max(1, min(keys_per_step // block_size, entries))
 
 
 def attend(
@@ -100,7 +105,7 @@ def attend(
       length: int32 `[batch]`, tokens of a row, the queries' own included.
       num_new: int32 `[batch]`: query t stands at position length - num_new + t; from num_new on queries are padding.
       scale: factor of the logits.
-      keys_per_step: keys that a step takes, at least one block and at most 16.
+      keys_per_step: keys that a step takes, at least one block.
       interpret: False, or `pltpu.InterpretParams` to run on a CPU.
 
     Returns:
@@ -118,7 +123,7 @@ def attend(
     rows, entries = few.query.shape[2], few.union.shape[2]
     stop = jnp.broadcast_to(few.stop[:, None, :, None], (*few.indices.shape[:3], 1))
     lists = jnp.concatenate([few.indices, stop], axis=3).reshape(heads, rows, -1)
-    at_once = max(1, min(keys_per_step // block_size, entries))
+    at_once = _blocks_at_once(keys_per_step, block_size, entries)
 
     # The steps of all heads in one row. A head without blocks has one step too, which writes its zeros.
     union_length = few.union_length.reshape(heads)
@@ -152,7 +157,11 @@ def attend(
                 pltpu.VMEM((rows, 1), jnp.float32),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=32 << 20),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=48 << 20,
+            disable_bounds_checks=True,  # they take a fifth of the time; the interpreter makes them in the tests
+        ),
         name="attend_few",
         interpret=interpret,
     )(
@@ -198,26 +207,49 @@ def _kernel(
         first = (step - first_ref[head]) * at_once
         return head, first, jnp.clip(length_ref[head] - first, 0, at_once)
 
-    def for_copies(step: jax.Array, act: Callable[[Any], None]) -> None:
-        head, first, number = span(step)
-        slot = lax.rem(step, 2)
+    def copies(step: jax.Array, place: Any) -> list[Any]:
+        head, first, _ = span(step)
+        block, slot = union_ref[head * entries + first + place], lax.rem(step, 2)
+        keys = pl.ds(place * block_size, block_size)
+        pairs = (key_hbm, key_ref), (value_hbm, value_ref)
+        return [
+            pltpu.make_async_copy(source.at[head, block], target.at[slot, keys], semaphores.at[slot])
+            for source, target in pairs
+        ]
 
-        def body(place: jax.Array, carry: None) -> None:
-            block = union_ref[head * entries + first + place]
-            keys = pl.ds(pl.multiple_of(place * block_size, block_size), block_size)
-            for source, target in ((key_hbm, key_ref), (value_hbm, value_ref)):
-                act(pltpu.make_async_copy(source.at[head, block], target.at[slot, keys], semaphores.at[slot]))
+    def fetch(step: jax.Array) -> None:
+        def start(place: Any, carry: None = None) -> None:
+            for copy in copies(step, place):
+                copy.start()
 
-        lax.fori_loop(0, number, body, None)
+        def start_all() -> None:  # without a loop it takes the scalar unit a third of the time
+            for place in range(at_once):
+                start(place)
+
+        number = span(step)[2]
+        lax.cond(number == at_once, start_all, lambda: lax.fori_loop(0, number, start, None))
+
+    def wait(step: jax.Array) -> None:
+        def wait_one(place: jax.Array, carry: None) -> None:
+            for copy in copies(step, place):
+                copy.wait()
+
+        def wait_all() -> None:  # one copy of as many bytes
+            slot = lax.rem(step, 2)
+            for target in (key_ref, value_ref):
+                pltpu.make_async_copy(target.at[slot], target.at[slot], semaphores.at[slot]).wait()
+
+        number = span(step)[2]
+        lax.cond(number == at_once, wait_all, lambda: lax.fori_loop(0, number, wait_one, None))
 
     @pl.when(step == 0)
     def _() -> None:
         value_ref[...] = jnp.zeros(value_ref.shape, value_ref.dtype)  # what is never fetched is multiplied by 0
-        for_copies(step, lambda copy: copy.start())
+        fetch(step)
 
     @pl.when(step + 1 < num_steps)
     def _() -> None:
-        for_copies(step + 1, lambda copy: copy.start())
+        fetch(step + 1)
 
     head, first, number = span(step)
 
@@ -230,7 +262,7 @@ def _kernel(
     @pl.when(number > 0)
     def _() -> None:
         is_seen = _visible(list_ref[0], union_ref, head * entries + first, number, at_once, block_size)
-        for_copies(step, lambda copy: copy.wait())
+        wait(step)
         slot = lax.rem(step, 2)
         key, value = key_ref[slot], value_ref[slot]
         logits = jnp.where(is_seen, product(query_ref[0], key, NT) * (scale * LOG2_E), OUT_OF_SIGHT)
@@ -252,18 +284,19 @@ def _visible(
     lists: jax.Array, union_ref: Any, first: jax.Array, number: jax.Array, at_once: int, block_size: int
 ) -> jax.Array:
     """Which keys of a step every row attends, bool `[rows, at_once * block_size]`; lists as in `_kernel`."""
-    stop = lists[:, -1:]
+    # A list's number in all lanes: comparing it with a block's id then takes no sum along lanes.
+    *columns, stop = (jnp.broadcast_to(lists[:, k : k + 1], (lists.shape[0], _LANES)) for k in range(lists.shape[1]))
+    width = math.lcm(block_size, _LANES)  # blocks that fill whole registers
+    together, copies = width // block_size, width // _LANES
     parts = []
-    together = math.lcm(block_size, _LANES) // block_size  # blocks that fill whole registers
     for begin in range(0, at_once, together):
-        places = range(begin, min(begin + together, at_once))
-        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], len(places) * block_size), 1)
+        column = lax.broadcasted_iota(jnp.int32, (lists.shape[0], width), 1)
         limit = jnp.zeros(column.shape, jnp.int32)  # a row sees the columns below it
-        for place in places:
+        for place in range(begin, min(begin + together, at_once)):
             block = jnp.where(place < number, union_ref[first + jnp.minimum(place, number - 1)], -2)
-            is_chosen = jnp.where(lists == block, 1.0, 0.0)[:, :-1].max(1, keepdims=True) > 0  # [rows, 1]
+            is_chosen = functools.reduce(jnp.logical_or, (blocks == block for blocks in columns))
             offset = (place - begin) * block_size
-            seen = jnp.where(is_chosen, offset + stop - block * block_size, 0)  # [rows, 1]
-            limit = jnp.where(column >= offset, seen, limit)
+            seen = jnp.where(is_chosen, offset + stop - block * block_size, 0)
+            limit = jnp.where(column >= offset, jnp.concatenate([seen] * copies, axis=1), limit)
         parts.append(column < limit)
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(parts, axis=1)[:, : at_once * block_size]

@@ -35,7 +35,7 @@ def test_steps_and_drafts_equal_whole_rows(group, num_queries, interpret):
         ((4, 16, 64, 128), jnp.float32, "head_dim=64"),
         ((4, 16, 128, 192), jnp.float32, "value_head_dim=192"),
         ((4, 8192, 256, 256), jnp.float32, "block_size=8192"),
-        ((1 << 17, 16, 128, 128), jnp.bfloat16, "chosen blocks, got 262144"),
+        ((1 << 17, 16, 128, 128), jnp.bfloat16, "steps, got 655360"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_said_and_goes_to_xla(sizes, dtype, reason):
