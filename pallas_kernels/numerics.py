@@ -1,4 +1,4 @@
-"""Constants and products that all kernels share."""
+"""Constants, products and the types of results, as all kernels share them."""
 
 from typing import Any
 
@@ -14,6 +14,11 @@ OUT_OF_SIGHT = -0.7 * float(jnp.finfo(jnp.float32).max)
 NN = (((1,), (0,)), ((), ()))  # a b
 NT = (((1,), (1,)), ((), ()))  # a b^T
 TN = (((0,), (0,)), ((), ()))  # a^T b
+
+
+def result(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result: it varies over the mesh axes of a `jax.shard_map` over which `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def product(left: jax.Array, right: jax.Array, dimensions: Any) -> jax.Array:

@@ -42,7 +42,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays
 from pallas_kernels.few_rows import join, lay_out, num_entries
-from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product
+from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, product, result
 
 _LANES = 128
 _ROW_MULTIPLE = 16  # rows of a register of bfloat16
@@ -137,7 +137,7 @@ def attend(
 
     output = pl.pallas_call(
         functools.partial(_kernel, at_once=at_once, block_size=block_size, entries=entries, scale=scale),
-        out_shape=jax.ShapeDtypeStruct((heads, rows, value_head_dim), query.dtype),
+        out_shape=result((heads, rows, value_head_dim), query.dtype, query),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(end[-1],),

@@ -41,7 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.numerics import NT, TN, product
+from pallas_kernels.numerics import NT, TN, product, result
 from pallas_kernels.tpu.per_query.memory import LANES, round_up
 
 _SUBLANES = 8
@@ -141,7 +141,7 @@ def route(
 
     indices = pl.pallas_call(
         functools.partial(_route_kernel, num_tiles=num_tiles, top_k=top_k, is_causal=is_causal),
-        out_shape=jax.ShapeDtypeStruct((batch, num_heads, list_rows, num_queries + padding), jnp.int32),
+        out_shape=result((batch, num_heads, list_rows, num_queries + padding), jnp.int32, query),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, num_heads, num_tiles, num_steps),
@@ -338,7 +338,7 @@ def block_means(
 
     total = pl.pallas_call(
         functools.partial(_means_kernel, num_groups=num_groups),
-        out_shape=jax.ShapeDtypeStruct((batch, kv_heads, num_blocks + padding, head_dim), jnp.float32),
+        out_shape=result((batch, kv_heads, num_blocks + padding, head_dim), jnp.float32, key),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, kv_heads, groups_in_use, num_steps),

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
 from pallas_kernels.config import PER_QUERY, PerQueryConfig
-from pallas_kernels.numerics import LOG2_E, NN, NT, TN, product
+from pallas_kernels.numerics import LOG2_E, NN, NT, TN, product, result
 from pallas_kernels.tpu.per_query import chunks, memory
 from pallas_kernels.tpu.per_query.cut_tiles import make_tiles
 from pallas_kernels.tpu.per_query.memory import LANES, Tiles
@@ -199,9 +199,9 @@ def differentiate_tiles(
     return pl.pallas_call(
         functools.partial(_kernel, size=_Size(tile_size, head_dim, key.shape[1], is_aligned, scale)),
         out_shape=(
-            jax.ShapeDtypeStruct(d_query_shape, jnp.float32),
-            jax.ShapeDtypeStruct(d_key.shape, jnp.float32),
-            jax.ShapeDtypeStruct(d_value.shape, jnp.float32),
+            result(d_query_shape, jnp.float32, key),
+            result(d_key.shape, jnp.float32, key),
+            result(d_value.shape, jnp.float32, key),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

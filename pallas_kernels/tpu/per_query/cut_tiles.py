@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.numerics import result
 from pallas_kernels.tpu.per_query.memory import LANES, Pieces, Tiles, round_up
 
 _PIECES_AT_ONCE = 4  # cut side by side, to hide latencies, where none has more tiles than these:
@@ -72,9 +73,9 @@ def make_tiles(
             fixed_batches=fixed_batches,
         ),
         out_shape=(
-            jax.ShapeDtypeStruct(tile_shape, jnp.int32),
-            *[jax.ShapeDtypeStruct((max_tiles,), jnp.int32)] * 3,
-            jax.ShapeDtypeStruct((2,), jnp.int32),
+            result(tile_shape, jnp.int32, numbers),
+            *[result((max_tiles,), jnp.int32, numbers)] * 3,
+            result((2,), jnp.int32, numbers),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,

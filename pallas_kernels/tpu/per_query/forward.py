@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks
 from pallas_kernels.config import PER_QUERY, PerQueryConfig
-from pallas_kernels.numerics import LOG2_E
+from pallas_kernels.numerics import LOG2_E, result
 from pallas_kernels.tpu.per_query import chunk_rows, chunks, forward_kernels, memory
 from pallas_kernels.tpu.per_query.cut_tiles import make_tiles
 from pallas_kernels.tpu.per_query.memory import LANES, SPARE_ROWS, Tiles
@@ -186,8 +186,8 @@ def attend_tiles(
             step=forward_kernels.Step(num_tiles, tile_size, head_dim, key_value.shape[2], is_aligned, scale),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct(key_stop.shape, jnp.float32),
+            result(query.shape, query.dtype, query),
+            result(key_stop.shape, jnp.float32, query),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,

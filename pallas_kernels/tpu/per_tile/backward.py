@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks, Results
-from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, TN, product
+from pallas_kernels.numerics import LOG2_E, NN, NT, OUT_OF_SIGHT, TN, product, result
 from pallas_kernels.tpu.per_tile import pipeline
 from pallas_kernels.tpu.per_tile.operands import DEFAULT, TileConfig, make_operands
 
@@ -83,7 +83,7 @@ def attend_tiles_backward(
     work = pipeline.make_work(tile, block_id, needs_mask, num_owners=num_tiles, entries=key_entries)
     d_query = pl.pallas_call(
         functools.partial(_query_kernel, scale=scale, group=group),
-        out_shape=jax.ShapeDtypeStruct(operands.query.shape, query.dtype),
+        out_shape=result(operands.query.shape, query.dtype, operands.query),
         grid=(rows, num_tiles),
         in_specs=[
             pl.BlockSpec((1, 1, 1, 3), lambda r, t: (r, t, 0, 0), memory_space=pltpu.SMEM),
@@ -113,7 +113,7 @@ def attend_tiles_backward(
     block_spec = pl.BlockSpec((1, 1, block, head_dim), lambda r, n: (r, n, 0, 0))
     d_key, d_value = pl.pallas_call(
         functools.partial(_key_kernel, scale=scale),
-        out_shape=[jax.ShapeDtypeStruct((kv_rows, num_blocks, block, head_dim), key.dtype)] * 2,
+        out_shape=[result((kv_rows, num_blocks, block, head_dim), key.dtype, operands.key_value)] * 2,
         grid=(kv_rows, num_blocks),
         in_specs=[
             pl.BlockSpec((1, 1, 1, 3), lambda r, n: (r, n, 0, 0), memory_space=pltpu.SMEM),

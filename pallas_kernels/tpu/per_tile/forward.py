@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import Arrays, Blocks
-from pallas_kernels.numerics import LOG2_E, NT, OUT_OF_SIGHT, TN, product
+from pallas_kernels.numerics import LOG2_E, NT, OUT_OF_SIGHT, TN, product, result
 from pallas_kernels.tpu.per_tile import pipeline
 from pallas_kernels.tpu.per_tile.operands import DEFAULT, TileConfig, make_operands
 
@@ -78,8 +78,8 @@ def attend_tiles_forward(
     output, log_sum_exp = pl.pallas_call(
         functools.partial(_kernel, scale=scale, group=group),
         out_shape=(
-            jax.ShapeDtypeStruct(operands.query.shape, query.dtype),
-            jax.ShapeDtypeStruct((rows, num_tiles, 1, part), jnp.float32),
+            result(operands.query.shape, query.dtype, operands.query),
+            result((rows, num_tiles, 1, part), jnp.float32, operands.query),
         ),
         grid=(rows, num_tiles),
         in_specs=[
