@@ -30,7 +30,7 @@ class Case:
 
 # Unions of up to eleven blocks: steps, splits and parts of blocks are several, the last of them uneven.
 CASES = (
-    Case(group=1, num_queries=1, block_size=16, top_k=7),
+    Case(group=1, num_queries=1, block_size=16, top_k=5),
     Case(group=3, num_queries=4, block_size=32, top_k=3, value_head_dim=256),
     Case(group=8, num_queries=1, block_size=16, top_k=4, dtype="bfloat16"),
     Case(group=8, num_queries=4, block_size=16, top_k=2),

@@ -4,6 +4,7 @@ libtpu's profile counts every number that it cannot know as zero. Loops over lis
 only known at run time are therefore replaced by ones that always run, a fixed number of times.
 """
 
+import itertools
 import json
 import os
 import re
@@ -340,8 +341,9 @@ def _splash(tokens: int, tile: int, backward: bool = False) -> tuple:
 
 
 def _decode(tokens: int, blocks: int, kv_heads: int, group: int) -> tuple:
-    """A decode step: one query each of 8 blocks of 128 keys, of which the heads of a group choose `blocks` together."""
+    """A decode step: each head attends 8 blocks of 128 keys, those of a group `blocks` together, in full steps."""
     import jax.numpy as jnp
+    from jax import lax
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
@@ -349,16 +351,25 @@ def _decode(tokens: int, blocks: int, kv_heads: int, group: int) -> tuple:
     from sparse_attn.attend import cached
     from sparse_attn.decode import moba
 
-    def fixed_grid(*, grid: tuple, **options: Any) -> Any:
-        return pltpu.PrefetchScalarGridSpec(grid=(*grid[:2], -(-blocks // 8)), **options)
+    guards = itertools.count()
+    steps = -(-blocks // min(16, 8 * group))
 
-    decode.pl = _with(pl, when=_always)  # type: ignore[attr-defined]
+    def when(condition: Any) -> Any:
+        """The first guard stays: its copies are those before the first step, once a call."""
+        return pl.when(condition) if next(guards) == 0 else _always(condition)
+
+    def fixed_grid(*, grid: tuple, **options: Any) -> Any:
+        del grid
+        return pltpu.PrefetchScalarGridSpec(grid=(kv_heads * steps,), **options)
+
+    decode.pl = _with(pl, when=when)  # type: ignore[attr-defined]
     decode.pltpu = _with(pltpu, PrefetchScalarGridSpec=fixed_grid)  # type: ignore[attr-defined]
+    decode.lax = _with(lax, cond=lambda _, full, part: full())  # type: ignore[attr-defined]
 
     def step(query: Any, key: Any, mean: Any, length: Any) -> Any:
         new = jnp.ones_like(length)
-        geometry = cached.geometry(length, new, 1, tokens // 128, 128)
-        indices = moba._choose_from_table(query, mean, geometry, 8)
+        blocks = cached.geometry(length, new, 1, tokens // 128, 128)
+        indices = moba._choose_from_table(query, mean, blocks, 8)
         return decode.attend((query, key, key), indices, length, new, scale=HEAD_DIM**-0.5)
 
     cache = (1, kv_heads, tokens // 128, 128, HEAD_DIM)

@@ -23,6 +23,7 @@ TOKENS = 8192, 65536, 524288
 FORWARD_TILES = 128, 64
 SPLASH_TILE = 2048  # the fastest for splash attention from 512 to 2048, by trial
 V6E_BYTES = 128 << 20
+KV_HEADS = 8  # of a decode step
 LIMITS = """\
 Why more than 5 cycles per pair at block 128:
 
@@ -48,6 +49,8 @@ What the figures are worth:
 * Extractions of the router assume independent scores. The newest of s key steps then holds a negative binomial number
   of blocks above the best 8 of the steps before it. A tile makes as many extractions as its worst of 512 queries needs,
   at most 8.
+* The decode step has full steps of 16 blocks (8 for one head a group). Its dense counterpart is
+  `jax.nn.dot_product_attention` over the whole cache. Writing the new token to the cache is in neither.
 * XLA's gathers and scatters hide the profile of a whole program, so parts are measured one by one.
 * VMEM and spills come from the report that libtpu writes beside a compiled program, for chunks of 8192 rows.
 """
@@ -215,6 +218,23 @@ def _tiles(splash: float, splash_backward: float) -> None:
     _table(header, rows)
 
 
+def _decode() -> None:
+    """Prints the table of a decode step beside dense attention to the same cache."""
+    print(f"A decode step, one row, {KV_HEADS} key/value heads, block 128, top_k 8, cycles:\n")
+    rows: list[tuple[object, ...]] = []
+    for tokens in TOKENS:
+        for group, unions in ((1, (8,)), (8, (16, 57))):
+            sizes: dict[str, Any] = {"tokens": tokens, "kv_heads": KV_HEADS, "group": group}
+            dense = measure("dense_decode", **sizes).all
+            for blocks in unions:
+                found = measure("decode", blocks=blocks, **sizes)
+                kernel = found.named("attend_few")
+                rows.append((tokens, group, blocks, kernel, found.all - kernel, found.all, dense, dense / found.all))
+    sizes_named = "tokens", "heads a group", "blocks they choose together"
+    named = "attend_few", "choice and union", "all", "dense, XLA", "ratio"
+    _table((*sizes_named, *named), rows)
+
+
 def tpu_report() -> None:
     """Prints static estimates of the TPU kernels beside splash attention; takes about ten minutes, needs libtpu."""
     print(f"Static estimates for {CHIP}, head_dim {HEAD_DIM}, bfloat16, one head. A step takes 1024 slots.\n")
@@ -231,4 +251,5 @@ def tpu_report() -> None:
     slots = _per_query()
     router = _router()
     _whole(*slots, cost[SPLASH_TILE], router)
+    _decode()
     print(LIMITS, end="")
