@@ -64,6 +64,13 @@ def test_stopped_run_resumes_to_the_same_bits_on_the_same_mesh(results):
     assert results["resumed on same"] == results["2x4"]
 
 
+def test_run_on_a_mesh_begins_with_the_parameters_of_a_run_on_another(results):
+    one, other = results["begun on one"], results["begun on 2x4"]
+    assert one["losses"][0] != results["one"]["losses"][0]
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=2e-6)
+    np.testing.assert_allclose(other["parameters"], one["parameters"], atol=1e-5)
+
+
 def test_parameters_and_optimizer_are_split_over_all_devices(results):
     """But for norms, and the axes that a mesh of 2x4 does not divide: the vocabulary, the convolution's width."""
     for name in ("params", "optimizer"):

@@ -119,6 +119,9 @@ def main(out: Path) -> None:
         shutil.copytree(out / "stopped", out / f"resumed on {name}")
         train(config, out / f"resumed on {name}")
         tell(f"resumed on {name}", out / f"resumed on {name}")
+    for name, config in {"one": CONFIG, "2x4": meshes["2x4"]}.items():
+        train(dataclasses.replace(config, init_from=str(out / "8x1")), out / f"begun on {name}")
+        tell(f"begun on {name}", out / f"begun on {name}")
 
     mesh = training.make_mesh(meshes["2x4"].mesh)
     with jax.set_mesh(mesh):
