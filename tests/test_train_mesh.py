@@ -100,6 +100,7 @@ def test_two_processes_are_killed_stopped_and_go_on_to_the_same_losses(results, 
     assert statuses == [0, 0], outputs
     told = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
     assert told[0] == told[1]
+    assert "all processes must have the same configuration" in told[0]["different"]
     assert told[0]["stopped"] == 5
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path)[:5] == before
