@@ -178,17 +178,21 @@ def _summarize(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, int], dict[st
 def _summary(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Checksum uint32 [] and sum of what is not finite float32 [], reduced where the array lies.
 
-    The checksum is sum_i bits_i * weight_i modulo 2^32, which is the same in any order, hence however the array is
-    split. bits_i are the bits of element i, weight_i is odd and a hash of i: a change of any one element changes the
-    sum, any other change does but for chance.
+    The checksum is sum_i mix(bits_i xor mix(i)) modulo 2^32, which is the same in any order, hence however the array is
+    split. bits_i are the bits of element i, and mix is a bijection: a change of any one element changes the sum, any
+    other change does but for chance.
     """
-    index = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    for factor in (0x7FEB352D, 0x846CA68B):
-        index = (index ^ (index >> 16)) * np.uint32(factor)
+
+    def mix(bits: jax.Array) -> jax.Array:
+        """Multiplications and shifts after the finaliser of MurmurHash3 (Austin Appleby, public domain)."""
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+        return bits ^ (bits >> 16)
+
     width = min(array.dtype.itemsize, 4)  # elements of 8 bytes become two of 4
     bits = jax.lax.bitcast_convert_type(array, f"uint{8 * width}").astype(jnp.uint32)
-    bits = bits.reshape(*array.shape, -1) * np.arange(1, bits.size // max(array.size, 1) * 2, 2, dtype=np.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     strange = jnp.where(jnp.isfinite(array), 0, array).sum()
-    return (bits.sum(-1, dtype=jnp.uint32) * (index | 1)).sum(dtype=jnp.uint32), strange.astype(jnp.float32)
+    return mix(bits ^ mix(index)).sum(dtype=jnp.uint32), strange.astype(jnp.float32)

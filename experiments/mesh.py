@@ -1,5 +1,6 @@
 """The devices of a run: which part of the parameters and of a batch each of them holds."""
 
+import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import DistributedConfig, MeshConfig
@@ -42,6 +44,13 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     if size == 1:
         return None
     return jax.make_mesh((config.data, config.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def require_agreement(text: str) -> None:
+    """Raises ValueError, in every process, unless all of them bring the same text: their configuration and data."""
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    if np.any(multihost_utils.process_allgather(digest) != digest):
+        raise ValueError("all processes must have the same configuration and the same data, got different ones")
 
 
 def parameter_shardings(config: TransformerConfig, mesh: Mesh) -> list[NamedSharding]:

@@ -24,7 +24,15 @@ from experiments.config import OptimizerConfig, RunConfig, decisive, fingerprint
 from experiments.data import make_data
 from experiments.data.source import Data
 from experiments.evaluate import evaluate, token_losses
-from experiments.mesh import largest, local_rows, make_mesh, optimizer_shardings, parameter_shardings, split_rows
+from experiments.mesh import (
+    largest,
+    local_rows,
+    make_mesh,
+    optimizer_shardings,
+    parameter_shardings,
+    require_agreement,
+    split_rows,
+)
 from experiments.metrics import Metrics, check_local, write_json
 from experiments.stop import Stopped, stop_on_signal
 from experiments.utilization import device_metrics, train_flops
@@ -45,20 +53,22 @@ def train(config: RunConfig, run_dir: Path, resume: bool = True) -> dict[str, An
     """Trains a model, or goes on where a stopped run of the same configuration left off, or returns its result.
 
     Writes config.json, metrics.jsonl, tensorboard/ and checkpoints/ as it goes, and result.json last. A run that goes
-    on may differ from what it was in name and in how often it logs, evaluates and saves; for more steps or another
-    optimizer it takes another directory and config.continue_from. Checkpoints hold finite numbers alone: every save
+    on may differ from what it was in name, in how often it logs, evaluates and saves, and in the devices and the parts
+    that a step is computed in; for more steps or another optimizer it takes another directory and config.continue_from.
+    Checkpoints hold finite numbers alone: every save
     looks at the whole state and the loss, the steps between do not wait for that.
 
     Args:
       config: the run.
-      run_dir: its directory, made if need be; a local one.
+      run_dir: its directory, made if need be; a local one, and one that every process of the run sees.
       resume: whether to go on from a checkpoint that is there; if not, the directory must hold no run.
 
     Returns:
       The content of result.json: config, evaluation, seconds, steps, git_revision, data, num_parameters.
 
     Raises:
-      ValueError: the configuration cannot be met, or run_dir holds another run (CheckpointError: or a damaged one).
+      ValueError: the configuration cannot be met or is not that of every process, or run_dir holds another run
+        (CheckpointError: or a damaged one).
       FloatingPointError: the loss is not finite where it is logged, evaluated or saved, or the state where it is saved.
       Stopped: Ctrl-C or SIGTERM; the step was finished and a checkpoint written. It is a KeyboardInterrupt.
     """
@@ -87,6 +97,7 @@ def _train(config: RunConfig, run_dir: Path, resume: bool, mesh: Mesh | None) ->
             f"model.vocab_size={config.model.vocab_size}"
         )
     identity = fingerprint(config, data.description)
+    require_agreement(json.dumps([to_dict(config), identity]))
     how = (mesh, config.train.accumulate_steps, config.train.loss_chunk)
     graph, make_state, train_step = _compile(config.model, config.optimizer, config.train.steps, *how)
     restored = checkpoint.restore(checkpoints, jax.eval_shape(make_state, config.seed), identity)
@@ -143,9 +154,8 @@ def _train(config: RunConfig, run_dir: Path, resume: bool, mesh: Mesh | None) ->
             if values and metrics:
                 metrics.write(step, values)
             stop = stopped()  # asked once: a signal that comes while saving is met after the next step
-            if (
-                mesh is not None and jax.process_count() > 1
-            ):  # all stop after the same step: the one after the signal, so that none waits
+            if mesh is not None and jax.process_count() > 1:
+                # All must stop after the same step. What each says now, all read after the next, so that none waits.
                 stop, signal_before = int(signal_before) or None, largest(stop or 0, mesh)
             if step % config.train.checkpoint_every == 0 or is_last or stop is not None:
                 save()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import checkpoint
@@ -155,6 +156,23 @@ def test_renamed_checkpoint_is_an_error(tmp_path):
     (tmp_path / "3").rename(tmp_path / "30")
     with pytest.raises(CheckpointError, match="renamed"):
         restore(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_bit_and_the_order_count_in_a_checksum(dtype):
+    bits = np.arange(1, 13, dtype=f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+    def checksum(bits):
+        array = jax.lax.bitcast_convert_type(bits, dtype).reshape(3, 4)
+        return checkpoint._summarize({"array": array})[0]["array"]
+
+    kinds = [bits, np.roll(bits, 1), bits[::-1].copy()]
+    for place in (0, 5, 11):
+        for bit in range(8 * bits.itemsize):
+            kinds.append(bits.copy())
+            kinds[-1][place] ^= bits.dtype.type(1 << bit)
+    kinds.append(bits ^ bits.dtype.type(1 << (8 * bits.itemsize - 1)))  # every sign at once
+    assert len(set(map(checksum, kinds))) == len(kinds)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "12"])

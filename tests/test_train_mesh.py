@@ -64,6 +64,13 @@ def test_stopped_run_resumes_to_the_same_bits_on_the_same_mesh(results):
     assert results["resumed on same"] == results["2x4"]
 
 
+def test_run_on_a_mesh_begins_with_the_parameters_of_a_run_on_another(results):
+    one, other = results["begun on one"], results["begun on 2x4"]
+    assert one["losses"][0] != results["one"]["losses"][0]
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=2e-6)
+    np.testing.assert_allclose(other["parameters"], one["parameters"], atol=1e-5)
+
+
 def test_parameters_and_optimizer_are_split_over_all_devices(results):
     """But for norms, and the axes that a mesh of 2x4 does not divide: the vocabulary, the convolution's width."""
     for name in ("params", "optimizer"):
@@ -93,6 +100,7 @@ def test_two_processes_are_killed_stopped_and_go_on_to_the_same_losses(results, 
     assert statuses == [0, 0], outputs
     told = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
     assert told[0] == told[1]
+    assert "all processes must have the same configuration" in told[0]["different"]
     assert told[0]["stopped"] == 5
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert losses(tmp_path)[:5] == before

@@ -119,6 +119,9 @@ def main(out: Path) -> None:
         shutil.copytree(out / "stopped", out / f"resumed on {name}")
         train(config, out / f"resumed on {name}")
         tell(f"resumed on {name}", out / f"resumed on {name}")
+    for name, config in {"one": CONFIG, "2x4": meshes["2x4"]}.items():
+        train(dataclasses.replace(config, init_from=str(out / "8x1")), out / f"begun on {name}")
+        tell(f"begun on {name}", out / f"begun on {name}")
 
     mesh = training.make_mesh(meshes["2x4"].mesh)
     with jax.set_mesh(mesh):
@@ -137,17 +140,22 @@ def _bytes(tree: Any) -> tuple[int, list[int]]:
 def main_of_process(out: Path, port: str, process: int, is_killed: bool) -> None:
     """One of two processes with two devices each: killed after step 5; or goes on, is stopped, and goes on to the end.
 
-    SIGTERM comes to the second process alone, before step 4; the first step after the checkpoint.
+    SIGTERM comes to the second process alone, in step 4, the first after the checkpoint. Before that, the two try to
+    train with different seeds.
     """
     join_processes(DistributedConfig(coordinator_address=f"localhost:{port}", num_processes=2, process_id=process))
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, model=2))
     if is_killed:
         with signal_before(6, signal.SIGKILL):
             train(config, out)
+    try:
+        train(dataclasses.replace(config, seed=process), out / "different")
+    except ValueError as error:
+        message = str(error)
     with signal_before(4, signal.SIGTERM) if process == 1 else contextlib.nullcontext():
         steps = stop(config, out)
     result = train(config, out)
-    print(json.dumps({"stopped": steps, "evaluation": result["evaluation"]}))
+    print(json.dumps({"different": message, "stopped": steps, "evaluation": result["evaluation"]}))
 
 
 if __name__ == "__main__":
