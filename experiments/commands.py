@@ -162,17 +162,17 @@ def report(out: Path = Path("runs/tiny")) -> None:
 
 def benchmark(
     config: Annotated[EfficiencyConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
     decode: bool = False,
     decoding_config: Annotated[DecodingConfig, tyro.conf.arg(name="decoding")] = DECODING,
-    out: Path | None = None,
 ) -> None:
     """Prints time and memory of MoBA, routing included, beside dense attention's, and the machine they were taken on.
 
     Args:
       config: what is timed.
+      out: JSON file to write the numbers to as well.
       decode: whether to time decoding with a cache instead: a step, the bytes that it reads, and prefill in chunks.
       decoding_config: what is timed with --decode.
-      out: JSON file to write the numbers to as well.
     """
     if out is not None:
         check_local(out, "out")

@@ -39,7 +39,7 @@ def test_bytes_of_a_step_are_those_of_its_shapes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decoding, "in_fresh_process", lambda function, *arguments: function(*arguments))
     sizes = {"num_key_value_heads": 2, "head_dim": 8, "block_size": 16, "top_k": 4, "prefill_chunk": 48}
     config = DecodingConfig(100, groups=(3,), steps=2, repeats=1, **sizes)
-    benchmark(EfficiencyConfig(), True, config, tmp_path / "decode.json")
+    benchmark(EfficiencyConfig(), tmp_path / "decode.json", decode=True, decoding_config=config)
     numbers = json.loads((tmp_path / "decode.json").read_text())
     # Two key heads: means of 7 blocks, 8 numbers each; chosen blocks of 16 keys and values, 8 numbers each.
     means, block = 2 * 7 * 8 * 4, 2 * 16 * (8 + 8) * 4

@@ -199,13 +199,9 @@ def test_parameters_are_sharded_as_their_axes_are_named():
                 return jax.numpy.concatenate([first, second], axis=1), cache
 
             expected, _ = transformer_formula(weights, config, tokens, None)
-            for each in (model, model_on_each):
-                decoded, cache = decode(each)
-                np.testing.assert_allclose(decoded, expected, atol=1e-5)
+            decoded, cache = decode(model_on_each)
+            np.testing.assert_allclose(decoded, expected, atol=1e-5)
             assert cache[0].key.sharding.shard_shape(cache[0].key.shape)[1] == cache[0].key.shape[1] // 2
-            options = {"max_new_tokens": 5, "prefill_chunk": 9}
-            generated = [each.generate(tokens[:, :9], **options).tokens for each in (model, model_on_each)]
-            np.testing.assert_array_equal(*generated)
         layer = specs["layers"][0]
         assert layer["attention"]["query"]["kernel"] == P(None, None, "model", None), layer
         assert layer["attention"]["out"]["kernel"] == P(None, "model", None, None), layer
