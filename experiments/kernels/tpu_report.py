@@ -236,7 +236,7 @@ def _decode() -> None:
 
 
 def tpu_report() -> None:
-    """Prints static estimates of the TPU kernels beside splash attention; takes about a quarter of an hour, needs libtpu."""
+    """Prints static estimates of the TPU kernels beside splash attention; takes some fifteen minutes; needs libtpu."""
     print(f"Static estimates for {CHIP}, head_dim {HEAD_DIM}, bfloat16, one head. A step takes 1024 slots.\n")
     jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU and logs errors
     chunks.SMALLEST_CHIP = V6E_BYTES  # there is no chip to ask
