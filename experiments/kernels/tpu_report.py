@@ -2,7 +2,7 @@
 
 Needs libtpu, but no TPU. Every figure comes from its own program (`tpu_parts`), compiled for a v6e with a fixed number
 of steps. Two step counts give the cost of a step and the cost that is paid once. The text under the printed tables says
-how far to trust them. Takes about ten minutes.
+how far to trust them. Takes about a quarter of an hour.
 """
 
 import functools
@@ -236,7 +236,7 @@ def _decode() -> None:
 
 
 def tpu_report() -> None:
-    """Prints static estimates of the TPU kernels beside splash attention; takes about ten minutes, needs libtpu."""
+    """Prints static estimates of the TPU kernels beside splash attention; takes some fifteen minutes; needs libtpu."""
     print(f"Static estimates for {CHIP}, head_dim {HEAD_DIM}, bfloat16, one head. A step takes 1024 slots.\n")
     jax.config.update("jax_platforms", "cpu")  # else libtpu looks for a TPU and logs errors
     chunks.SMALLEST_CHIP = V6E_BYTES  # there is no chip to ask

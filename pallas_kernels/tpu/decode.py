@@ -26,8 +26,8 @@ lays out narrower arrays with another axis along the lanes and would copy them, 
 Speed. By libtpu's static profile for a v6e a full step of 16 blocks of 128 keys takes about 1700 cycles for up to 16
 rows, of which its 1 MB from memory takes 1110. The rest is latency, of two products, the maximum and exp2, one after
 the other; so a step is long, though a short union fills only a part of it. Starting a block's two copies takes the
-scalar unit some 13 cycles, its bounds checks not counted, which bounds blocks of 16 keys: long blocks are better. A
-chip with two cores in one device (v5p) uses one of them.
+scalar unit some 27 cycles, without bounds checks; that bounds short blocks. A chip with two cores in one device (v5p)
+uses one of them.
 """
 
 import functools
