@@ -28,6 +28,7 @@ hypothesis.settings.load_profile("suite")
 # The longest come first, so that no worker is left alone with one of them.
 LONGEST = (
     "test_sharding.py",
+    "test_train_mesh.py",
     "test_train_step.py",
     "test_compile_per_query.py",
     "test_studies.py",
