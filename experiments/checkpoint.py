@@ -133,7 +133,8 @@ def restore(directory: Path, template: Any, fingerprint: str) -> tuple[int, Any,
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds; every one means that the files are not whole
-        raise CheckpointError(f"{path} is damaged: {error}\n{_ADVICE}") from error
+        # Orbax adds pages about the array; what went wrong is the cause.
+        raise CheckpointError(f"{path} is damaged: {error.__cause__ or error}\n{_ADVICE}") from error
     # Without a sharding, arrays are not bound to a device, as those that `jax.jit` makes.
     leaves = [
         arrays[name] if leaf.sharding else jnp.asarray(np.asarray(arrays[name])) for name, leaf in expected.items()

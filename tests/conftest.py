@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("suite")
 LONGEST = (
     "test_sharding.py",
     "test_parallel.py",
+    "test_train_mesh.py",
     "test_train_step.py",
     "test_compile_per_query.py",
     "test_studies.py",
