@@ -63,19 +63,17 @@ def main(steps: int = 100, grid: tuple[int, int, int] = (4, 8, 8)) -> tuple[floa
     def wave(phase: float) -> jax.Array:  # [batch, tokens, 1]
         return jnp.sin(time + row / 2 + column / 3 + phase).reshape(1, -1, 1).repeat(8, 0)
 
-    def error() -> float:  # for one video at eight levels of noise
-        noisy = (1 - levels[:, None]) * wave(0.0) + levels[:, None] * jax.random.normal(
-            jax.random.key(1), (8, tokens, 1)
-        )
-        return float(jnp.square(model(noisy, levels) - wave(0.0)).mean())
+    levels, noise = jnp.linspace(0, 1, 8)[:, None], jax.random.normal(jax.random.key(1), (8, time.size, 1))
 
-    levels, tokens = jnp.linspace(0, 1, 8)[:, None], time.size  # [batch, 1]
-    before = error()
+    @nnx.jit
+    def error(model: VideoTransformer) -> jax.Array:  # for one video at eight levels of noise
+        return jnp.square(model(wave(0.0) + levels[:, None] * (noise - wave(0.0)), levels) - wave(0.0)).mean()
+
+    before = float(error(model))
     for step in range(steps):
         train_step(model, optimizer, wave(0.7 * step), jax.random.key(step))
-    print(f"error {before:.3f}, after {steps} steps {error():.3f}")
-    return before, error()
+    return before, float(error(model))
 
 
 if __name__ == "__main__":
-    main()
+    print("error before and after:", main())

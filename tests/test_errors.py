@@ -139,5 +139,5 @@ def test_an_implementation_that_cannot_do_the_call_says_why_S10(implementation, 
 def test_kernels_for_another_platform_say_so_when_the_program_is_compiled():
     attend = functools.partial(sparse_attn.moba_attention, block_size=16, top_k=1, is_causal=True)
     query = jnp.ones((1, 32, 1, 64))
-    with pytest.raises(NotImplementedError, match=r"TpuKernels, TritonKernels cannot run on cpu.*'xla'"):
+    with pytest.raises(NotImplementedError, match=r"TritonKernels, MosaicKernels, TpuKernels cannot run on cpu.*'xla'"):
         attend(query, query, query, implementation="pallas")

@@ -42,6 +42,7 @@ REASONS = {
     "experiments": {
         "jax.experimental.pallas": "the report changes kernels to measure parts of them",
         "jax.experimental.pallas.tpu": "the report changes kernels to measure parts of them",
+        "jax.experimental.multihost_utils": "processes of a run agree on what they do",
         "jax.experimental.topologies": "the report compiles for a TPU that is not there",
         "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel": "what the report compares with",
         "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask": "what the report compares with",

@@ -152,6 +152,14 @@ def test_stopped_run_resumes_to_the_same_bits(uninterrupted, tmp_path):
     chex.assert_trees_all_equal(nnx.state(model), nnx.state(again))
 
 
+@pytest.fixture(autouse=True)
+def heed_ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, even where a shell started the tests in the background, who then ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt(monkeypatch, at_step, *numbers):
     """Lets signals come while the batch of a step is made."""
 
