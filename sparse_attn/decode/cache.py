@@ -54,7 +54,7 @@ class Cache:
 
 
 class CacheOptions(TypedDict, total=False):
-    """Arguments that the `init_..._cache` have in common; all have defaults."""
+    """What the `init_..._cache` take besides sizes, as `init_moba_cache`, which has the defaults."""
 
     value_head_dim: int | None
     key_conv_width: int
@@ -62,21 +62,22 @@ class CacheOptions(TypedDict, total=False):
     dtype: jax.typing.DTypeLike
 
 
-def empty_rows(
+def empty_fields(
+    shape: tuple[int, ...],
     batch_size: int,
     max_length: int,
     num_key_value_heads: int,
     head_dim: int,
     *,
-    value_head_dim: int | None,
-    key_conv_width: int,
-    max_draft: int,
-    dtype: jax.typing.DTypeLike,
+    value_head_dim: int | None = None,
+    key_conv_width: int = 0,
+    max_draft: int = 0,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> dict[str, Any]:
-    """The fields of `Cache` but key and value, for rows without tokens, once the sizes are checked."""
+    """The fields of `Cache` for rows without tokens, once the sizes are checked; shape is that of key but head_dim."""
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
     sizes = {"batch_size": batch_size, "max_length": max_length, "num_key_value_heads": num_key_value_heads}
-    sizes |= {"head_dim": head_dim, "value_head_dim": head_dim if value_head_dim is None else value_head_dim}
-    for name, size in sizes.items():
+    for name, size in (sizes | {"head_dim": head_dim, "value_head_dim": value_head_dim}).items():
         check_positive(name, size)
     check_not_negative("key_conv_width", key_conv_width)
     check_not_negative("max_draft", max_draft)
@@ -84,6 +85,8 @@ def empty_rows(
         raise ValueError(f"dtype must be floating point, got dtype={dtype}")
     ring = key_conv_width - 1 + max_draft if key_conv_width > 1 else 0
     return {
+        "key": jnp.zeros((*shape, head_dim), dtype),
+        "value": jnp.zeros((*shape, value_head_dim), dtype),
         "length": jnp.zeros(batch_size, jnp.int32),
         "written": jnp.zeros(batch_size, jnp.int32),
         "raw_key": jnp.zeros((batch_size, ring, num_key_value_heads, head_dim), dtype),

@@ -4,13 +4,23 @@ The law is that of `decode.moba`, with softmax attention over the whole row. A s
 """
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sparse_attn.checks import check_scale
-from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_rows, mark_lost, prepare_new
+from sparse_attn.decode.cache import (
+    Cache,
+    CacheOptions,
+    append,
+    check_query,
+    count_new,
+    empty_fields,
+    mark_lost,
+    prepare_new,
+)
 from sparse_attn.layout import zero_padding
 from sparse_attn.sharding import over_explicit_axes
 
@@ -31,28 +41,12 @@ def init_dense_cache(
     max_length: int,
     num_key_value_heads: int,
     head_dim: int,
-    *,
-    value_head_dim: int | None = None,
-    key_conv_width: int = 0,
-    max_draft: int = 0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    **options: Unpack[CacheOptions],
 ) -> DenseCache:
     """A cache without tokens; arguments and errors are those of `init_moba_cache`."""
-    rows = empty_rows(
-        batch_size,
-        max_length,
-        num_key_value_heads,
-        head_dim,
-        value_head_dim=value_head_dim,
-        key_conv_width=key_conv_width,
-        max_draft=max_draft,
-        dtype=dtype,
-    )
-    value_head_dim = head_dim if value_head_dim is None else value_head_dim
     shape = (batch_size, max_length, num_key_value_heads)
-    return DenseCache(
-        key=jnp.zeros((*shape, head_dim), dtype), value=jnp.zeros((*shape, value_head_dim), dtype), **rows
-    )
+    fields = empty_fields(shape, batch_size, max_length, num_key_value_heads, head_dim, **options)
+    return DenseCache(**fields)
 
 
 def extend_dense_cache(

@@ -25,7 +25,7 @@ from sparse_attn.attend import cached, derivatives, route
 from sparse_attn.attend.backends import Implementation, resolve
 from sparse_attn.attention import once_each, raise_refusal
 from sparse_attn.checks import check_positive, check_scale, check_selection
-from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_rows, mark_lost, prepare_new
+from sparse_attn.decode.cache import Cache, append, check_query, count_new, empty_fields, mark_lost, prepare_new
 from sparse_attn.layout import zero_padding
 from sparse_attn.selection import BlockSelection
 from sparse_attn.sharding import over_auto_axes, over_explicit_axes, vary_alike
@@ -89,7 +89,9 @@ def init_moba_cache(
       ValueError: an argument has a wrong value.
     """
     check_positive("block_size", block_size)
-    rows = empty_rows(
+    shape = (batch_size, num_key_value_heads, -(-max_length // block_size))
+    fields = empty_fields(
+        (*shape, block_size),
         batch_size,
         max_length,
         num_key_value_heads,
@@ -99,14 +101,7 @@ def init_moba_cache(
         max_draft=max_draft,
         dtype=dtype,
     )
-    value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    blocks = (batch_size, num_key_value_heads, -(-max_length // block_size))
-    return MoBACache(
-        key=jnp.zeros((*blocks, block_size, head_dim), dtype),
-        value=jnp.zeros((*blocks, block_size, value_head_dim), dtype),
-        mean=jnp.zeros((*blocks, head_dim), jnp.promote_types(dtype, jnp.float32)),
-        **rows,
-    )
+    return MoBACache(mean=jnp.zeros((*shape, head_dim), jnp.promote_types(dtype, jnp.float32)), **fields)
 
 
 def extend_moba_cache(

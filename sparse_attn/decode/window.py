@@ -7,6 +7,7 @@ step reads the ring. Positions are the caller's: keys come rotated, absolutely.
 """
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from jax.typing import ArrayLike
 from sparse_attn.checks import check_positive, check_scale
 from sparse_attn.decode.cache import (
     Cache,
+    CacheOptions,
     append,
     check_query,
-    empty_rows,
+    empty_fields,
     mark_lost,
     prepare_new,
     take_ring,
@@ -54,34 +56,16 @@ def init_window_cache(
     head_dim: int,
     *,
     window_size: int,
-    value_head_dim: int | None = None,
-    key_conv_width: int = 0,
-    max_draft: int = 0,
-    dtype: jax.typing.DTypeLike = jnp.float32,
+    **options: Unpack[CacheOptions],
 ) -> WindowCache:
     """A cache without tokens; arguments and errors are those of `init_moba_cache`.
 
     Memory is taken for window_size + max_draft tokens alone, and `rollback` can take back max_draft tokens.
     """
     check_positive("window_size", window_size)
-    rows = empty_rows(
-        batch_size,
-        max_length,
-        num_key_value_heads,
-        head_dim,
-        value_head_dim=value_head_dim,
-        key_conv_width=key_conv_width,
-        max_draft=max_draft,
-        dtype=dtype,
-    )
-    value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    shape = (batch_size, min(window_size + max_draft, max_length), num_key_value_heads)
-    return WindowCache(
-        key=jnp.zeros((*shape, head_dim), dtype),
-        value=jnp.zeros((*shape, value_head_dim), dtype),
-        window_size=int(min(window_size, max_length)),
-        **rows,
-    )
+    shape = (batch_size, min(window_size + options.get("max_draft", 0), max_length), num_key_value_heads)
+    fields = empty_fields(shape, batch_size, max_length, num_key_value_heads, head_dim, **options)
+    return WindowCache(window_size=int(min(window_size, max_length)), **fields)
 
 
 def window_cached_attention(

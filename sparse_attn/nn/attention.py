@@ -302,7 +302,7 @@ class SelfAttention(nnx.Module):
 
         arrays = (put_on_mesh(array, each) for array in operands[:3] if array is not None)
         specs = (each, each, each, PartitionSpec(rows), PartitionSpec(rows))
-        # The outputs of Pallas kernels do not say over which axes they vary.
+        # The outputs of GPU kernels do not say over which axes they vary.
         attend = jax.shard_map(attend, in_specs=specs, out_specs=each, check_vma=False)
         return attend(*arrays, *operands[3:])
 
