@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.kernels import oracle as large_oracle
-from experiments.kernels import verify
+from experiments.kernels import verdict, verify
 from experiments.kernels.steps import run_steps
 from sparse_attn.attend import backends
 from sparse_attn.attend.backends import Xla
@@ -63,12 +63,12 @@ class Wrong(Xla):
         return (query, key.at[0, 63, 1].multiply(np.nan), value) if self.part == "gradients" else (query, key, value)
 
 
-@pytest.mark.parametrize("part", verify.PARTS)
+@pytest.mark.parametrize("part", verdict.PARTS)
 def test_what_is_right_passes_and_what_is_wrong_does_not(part):
     for implementation, is_right in (("xla", True), (Wrong(part=part), False)):
         outcome = {"implementation": "xla", "case": "small", "part": part, **verify.check(SMALL, part, implementation)}
         report = {"about": {"platform": "cpu"}, "checks": [outcome], "times": []}
-        assert (not verify.wrong(report)) == is_right, outcome
+        assert (not verdict.wrong(report)) == is_right, outcome
 
 
 def test_the_rest_is_done_after_a_step_that_hangs_or_crashes():
@@ -90,7 +90,7 @@ def report_of(**times):
         {"implementation": name, "case": case, "part": part, "errors": {"output": 0.5}, "same_bits": True}
         for name in times
         for case in ("small", "8K")
-        for part in verify.PARTS
+        for part in verdict.PARTS
     ]
     sizes = {"tokens": 2048, "pass": "forward and backward", "bytes": 1 << 20}
     measured = [{"implementation": name, "seconds": seconds, **sizes} for name, seconds in times.items()]
@@ -104,8 +104,8 @@ def report_of(**times):
 
 
 def complete(report):
-    report["wrong"] = verify.wrong(report)
-    report["implementation"] = verify.fastest(report)
+    report["wrong"] = verdict.wrong(report)
+    report["implementation"] = verdict.fastest(report)
     return report
 
 
@@ -115,7 +115,7 @@ def test_the_fastest_of_what_is_right_is_recommended():
         report = report_of(xla=2.0, pallas=1.0)
         report["checks"][-1] |= fault
         assert complete(report)["implementation"] == "xla"
-        assert "WRONG: pallas, 8K, gradients" in verify.table(report)
+        assert "WRONG: pallas, 8K, gradients" in verdict.table(report)
     report = report_of(xla=2.0, pallas=1.0)
     del report["checks"][-1]  # never compared
     assert complete(report)["implementation"] == "xla"
@@ -128,14 +128,14 @@ def evidence_of(kind, results=RESULTS):
 
 def test_every_default_kernel_has_its_evidence():
     for kind, name in backends.VERIFIED.items():
-        assert verify.supports(evidence_of(kind), kind, name)
+        assert verdict.supports(evidence_of(kind), kind, name)
 
 
 def test_evidence_is_of_that_kind_and_that_kernel_and_nothing_wrong(tmp_path):
     (tmp_path / "TPU_v9").mkdir()
     (tmp_path / "TPU_v9" / "verify.json").write_text(json.dumps(complete(report_of(xla=2.0, pallas=1.0))))
     report = evidence_of("TPU v9", tmp_path)
-    assert verify.supports(report, "TPU v9", "pallas")
-    assert not verify.supports(report, "TPU v8", "pallas")
-    assert not verify.supports(report, "TPU v9", "mosaic")
-    assert not verify.supports(report | {"wrong": ["pallas, 8K"]}, "TPU v9", "pallas")
+    assert verdict.supports(report, "TPU v9", "pallas")
+    assert not verdict.supports(report, "TPU v8", "pallas")
+    assert not verdict.supports(report, "TPU v9", "mosaic")
+    assert not verdict.supports(report | {"wrong": ["pallas, 8K"]}, "TPU v9", "pallas")

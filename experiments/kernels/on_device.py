@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.kernels import roofline, verify
+from experiments.kernels import roofline, verdict, verify
 from experiments.kernels.calls import dense_calls, make_arrays, make_calls, takes_choice
 from experiments.kernels.roofline import Problem
 from experiments.kernels.steps import Step, run_steps
@@ -87,8 +87,8 @@ def main(options: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     begin, budget = time.monotonic(), 60 * arguments.minutes
     report = verify.verify(begin + budget / 3, out / "verify.json", rehearse)
-    print(verify.table(report), flush=True)
-    names = [name for name in verify.right_names(report) if name != "reference"]
+    print(verdict.table(report), flush=True)
+    names = [name for name in verdict.right_names(report) if name != "reference"]
     names.sort(key=lambda name: name != report["implementation"])
     tuning = tune(report["about"].get("platform", ""), names, (begin + time.monotonic() + budget) / 2, out, rehearse)
     for name in names:

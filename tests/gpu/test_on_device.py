@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.__main__ import EXTRAS, main
-from experiments.kernels import on_device, verify
+from experiments.kernels import on_device, verdict
 from tests.backends import needs_triton
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_every_step_is_rehearsed_with_interpreted_kernels(tmp_path, capsys):
     files = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert set(files) == {"verify.json", "tuning.json", "pallas.json", "pallas.md"}
     report = {name: json.loads(text) for name, text in files.items() if name.endswith(".json")}
-    assert [check["part"] for check in report["verify.json"]["checks"] if "errors" in check] == list(verify.PARTS)
+    assert [check["part"] for check in report["verify.json"]["checks"] if "errors" in check] == list(verdict.PARTS)
     assert report["verify.json"]["implementation"] == "pallas"
     tried = report["tuning.json"]["pallas"]["tried"]
     assert [trial["sizes"] for trial in tried] == [{}, {"tile_size": 64}]
