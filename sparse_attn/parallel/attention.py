@@ -31,8 +31,9 @@ from sparse_attn.checks import (
 from sparse_attn.layout import make_blocks, order_keys
 from sparse_attn.loops import at_most
 from sparse_attn.parallel.communication import METHODS, AxisName, Call, Method, choose_method
-from sparse_attn.parallel.dispatch import attend_dispatched, gather_sequence
+from sparse_attn.parallel.dispatch import attend_dispatched
 from sparse_attn.parallel.layout import CONTIGUOUS, Layout, shard_sequence, unshard_sequence
+from sparse_attn.parallel.shard import gather_sequence
 from sparse_attn.sharding import own_promotion
 
 
